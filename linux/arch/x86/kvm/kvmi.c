@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: what is particular to x86
+ *
+ * All of it runs in the vCPU's thread, with the vCPU loaded, but for
+ * kvmi_arch_vcpu_started().
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/kvm_host.h>
+#include <linux/kvmi_host.h>
+
+#include "../../../virt/kvm/introspection/kvmi_int.h"
+#include "cpuid.h"
+#include "kvm_cache_regs.h"
+#include "x86.h"
+
+/* In the order of struct kvm_regs */
+static const u8 kvmi_gprs[] = {
+	VCPU_REGS_RAX, VCPU_REGS_RBX, VCPU_REGS_RCX, VCPU_REGS_RDX,
+	VCPU_REGS_RSI, VCPU_REGS_RDI, VCPU_REGS_RSP, VCPU_REGS_RBP,
+#ifdef CONFIG_X86_64
+	VCPU_REGS_R8, VCPU_REGS_R9, VCPU_REGS_R10, VCPU_REGS_R11,
+	VCPU_REGS_R12, VCPU_REGS_R13, VCPU_REGS_R14, VCPU_REGS_R15,
+#endif
+};
+
+bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu)
+{
+	return READ_ONCE(vcpu->arch.mp_state) != KVM_MP_STATE_UNINITIALIZED;
+}
+
+/*
+ * KVM_GET_REGS and KVM_GET_SREGS load and put the vCPU, which is loaded
+ * already.
+ */
+static void kvmi_get_regs(struct kvm_vcpu *vcpu, struct kvm_regs *regs)
+{
+	int i;
+
+	BUILD_BUG_ON(offsetof(struct kvm_regs, rip) != 16 * sizeof(u64));
+
+	for (i = 0; i < ARRAY_SIZE(kvmi_gprs); i++)
+		((u64 *)regs)[i] = kvm_register_read_raw(vcpu, kvmi_gprs[i]);
+	regs->rip = kvm_rip_read(vcpu);
+	regs->rflags = kvm_get_rflags(vcpu);
+}
+
+static void kvmi_get_sregs(struct kvm_vcpu *vcpu, struct kvm_sregs *sregs)
+{
+	struct desc_ptr dt;
+
+	kvm_get_segment(vcpu, &sregs->cs, VCPU_SREG_CS);
+	kvm_get_segment(vcpu, &sregs->ds, VCPU_SREG_DS);
+	kvm_get_segment(vcpu, &sregs->es, VCPU_SREG_ES);
+	kvm_get_segment(vcpu, &sregs->fs, VCPU_SREG_FS);
+	kvm_get_segment(vcpu, &sregs->gs, VCPU_SREG_GS);
+	kvm_get_segment(vcpu, &sregs->ss, VCPU_SREG_SS);
+	kvm_get_segment(vcpu, &sregs->tr, VCPU_SREG_TR);
+	kvm_get_segment(vcpu, &sregs->ldt, VCPU_SREG_LDTR);
+
+	kvm_x86_call(get_gdt)(vcpu, &dt);
+	sregs->gdt.limit = dt.size;
+	sregs->gdt.base = dt.address;
+	kvm_x86_call(get_idt)(vcpu, &dt);
+	sregs->idt.limit = dt.size;
+	sregs->idt.base = dt.address;
+
+	sregs->cr0 = kvm_read_cr0(vcpu);
+	sregs->cr2 = vcpu->arch.cr2;
+	sregs->cr3 = kvm_read_cr3(vcpu);
+	sregs->cr4 = kvm_read_cr4(vcpu);
+	sregs->cr8 = kvm_get_cr8(vcpu);
+	sregs->efer = vcpu->arch.efer;
+	sregs->apic_base = vcpu->arch.apic_base;
+
+	if (vcpu->arch.interrupt.injected && !vcpu->arch.interrupt.soft)
+		__set_bit(vcpu->arch.interrupt.nr,
+			  (unsigned long *)sregs->interrupt_bitmap);
+}
+
+static u8 kvmi_get_mode(struct kvm_vcpu *vcpu, const struct kvm_sregs *sregs)
+{
+	if (is_long_mode(vcpu) && sregs->cs.l)
+		return 8;
+	if (is_protmode(vcpu) && sregs->cs.db)
+		return 4;
+	return 2;
+}
+
+static void kvmi_get_msr(struct kvm_vcpu *vcpu, u32 index, __u64 *data)
+{
+	u64 val = 0;
+
+	__kvm_get_msr(vcpu, index, &val, true);
+	*data = val;
+}
+
+/* The memory at arch is zeroed */
+void kvmi_arch_get_event_state(struct kvm_vcpu *vcpu,
+			       struct kvmi_vcpu_event_arch *arch)
+{
+	kvmi_get_regs(vcpu, &arch->regs);
+	kvmi_get_sregs(vcpu, &arch->sregs);
+	arch->mode = kvmi_get_mode(vcpu, &arch->sregs);
+
+	arch->msrs.efer = vcpu->arch.efer;
+	arch->msrs.pat = vcpu->arch.pat;
+	kvmi_get_msr(vcpu, MSR_IA32_SYSENTER_CS, &arch->msrs.sysenter_cs);
+	kvmi_get_msr(vcpu, MSR_IA32_SYSENTER_ESP, &arch->msrs.sysenter_esp);
+	kvmi_get_msr(vcpu, MSR_IA32_SYSENTER_EIP, &arch->msrs.sysenter_eip);
+	kvmi_get_msr(vcpu, MSR_STAR, &arch->msrs.star);
+	kvmi_get_msr(vcpu, MSR_LSTAR, &arch->msrs.lstar);
+	kvmi_get_msr(vcpu, MSR_CSTAR, &arch->msrs.cstar);
+	kvmi_get_msr(vcpu, MSR_KERNEL_GS_BASE, &arch->msrs.shadow_gs);
+}
+
+/* Unlike KVM_SET_REGS, leaves a pending exception alone */
+void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(kvmi_gprs); i++)
+		kvm_register_write_raw(vcpu, kvmi_gprs[i],
+				       ((const u64 *)regs)[i]);
+	kvm_rip_write(vcpu, regs->rip);
+	kvm_set_rflags(vcpu, regs->rflags | X86_EFLAGS_FIXED);
+
+	vcpu->arch.emulate_regs_need_sync_from_vcpu = true;
+	vcpu->arch.emulate_regs_need_sync_to_vcpu = false;
+
+	kvm_make_request(KVM_REQ_EVENT, vcpu);
+}
+
+bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	return kv && kv->intercept_bp;
+}
+EXPORT_SYMBOL_GPL(kvmi_intercepts_bp);
+
+/* #BP is either the tool's or, for guest debugging, userspace's */
+int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable)
+{
+	if (enable && (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP))
+		return -KVM_EBUSY;
+
+	if (vcpu->kvmi->intercept_bp != enable) {
+		vcpu->kvmi->intercept_bp = enable;
+		kvm_x86_call(update_exception_bitmap)(vcpu);
+	}
+
+	return 0;
+}
+
+/* Returns true if the #BP has been dealt with, and the vCPU runs on */
+bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (!kv || (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP))
+		return false;
+
+	kv->ev.bp.rip = kvm_get_linear_rip(vcpu);
+	kv->ev.bp.insn_len = insn_len;
+	if (!kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_BREAKPOINT))
+		kvmi_arch_inject_bp(vcpu);
+
+	return true;
+}
+EXPORT_SYMBOL_GPL(kvmi_handle_bp);
+
+/* Userspace may have moved the vCPU while the event was open */
+bool kvmi_arch_bp_is_current(struct kvm_vcpu *vcpu)
+{
+	return kvm_is_linear_rip(vcpu, vcpu->kvmi->ev.bp.rip);
+}
+
+bool kvmi_arch_bp_is_planted(struct kvm_vcpu *vcpu)
+{
+	gpa_t gpa = kvmi_arch_translate_gva(vcpu, vcpu->kvmi->ev.bp.rip);
+	u8 insn;
+
+	return gpa == INVALID_GPA || kvm_vcpu_read_guest(vcpu, gpa, &insn, 1) ||
+	       insn == 0xcc;
+}
+
+void kvmi_arch_inject_bp(struct kvm_vcpu *vcpu)
+{
+	kvm_queue_exception(vcpu, BP_VECTOR);
+}
+
+size_t kvmi_arch_get_bp_data(struct kvm_vcpu *vcpu, void *data)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_vcpu_event_breakpoint *bp = data;
+
+	memset(bp, 0, sizeof(*bp));
+	bp->gpa = kvmi_arch_translate_gva(vcpu, kv->ev.bp.rip);
+	bp->insn_len = kv->ev.bp.insn_len;
+
+	return sizeof(*bp);
+}
+
+u64 kvmi_arch_tsc_speed(struct kvm_vcpu *vcpu)
+{
+	if (!kvm_caps.has_tsc_control)
+		return 0;
+
+	return 1000ull * vcpu->arch.virtual_tsc_khz;
+}
+
+int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
+			    const struct kvmi_vcpu_get_registers *req,
+			    size_t req_size,
+			    struct kvmi_vcpu_get_registers_reply *rpl,
+			    size_t *rpl_size)
+{
+	size_t size = struct_size(rpl, msrs.entries, req->nmsrs);
+	struct kvm_msr_entry *entry;
+	u64 data;
+	int i;
+
+	if (req->padding1 || req->padding2)
+		return -KVM_EINVAL;
+	if (req_size < struct_size(req, msrs_idx, req->nmsrs))
+		return -KVM_EINVAL;
+	if (size > KVMI_MAX_REPLY_SIZE)
+		return -KVM_EINVAL;
+
+	memset(rpl, 0, size);
+	kvmi_get_regs(vcpu, &rpl->regs);
+	kvmi_get_sregs(vcpu, &rpl->sregs);
+	rpl->mode = kvmi_get_mode(vcpu, &rpl->sregs);
+
+	rpl->msrs.nmsrs = req->nmsrs;
+	for (i = 0; i < req->nmsrs; i++) {
+		if (kvm_get_msr(vcpu, req->msrs_idx[i], &data))
+			return -KVM_EINVAL;
+		entry = &rpl->msrs.entries[i];
+		entry->index = req->msrs_idx[i];
+		entry->data = data;
+	}
+
+	*rpl_size = size;
+	return 0;
+}
+
+u64 kvmi_arch_translate_gva(struct kvm_vcpu *vcpu, u64 gva)
+{
+	return kvm_mmu_gva_to_gpa_system(vcpu, gva, NULL);
+}

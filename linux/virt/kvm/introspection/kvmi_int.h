@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef __KVMI_INT_H
+#define __KVMI_INT_H
+
+/*
+ * KVM introspection
+ *
+ * A session begins with KVM_INTROSPECTION_HOOK and ends when the tool closes
+ * its socket, when it breaks the protocol, or with KVM_INTROSPECTION_UNHOOK.
+ * Whatever ends it, what belongs to it is only put away by UNHOOK, or with the
+ * VM.  The structures below are made when first needed and live as long as
+ * the VM and its vCPUs, so that nobody has to ask whether they are there
+ * still; all that has to be asked is whether the session is.
+ *
+ * The receive thread, a thread of the process that hooked the VM, reads the
+ * socket.  It carries out the VM commands and queues the vCPU commands and the
+ * event replies to the vCPUs, whose threads carry them out on their next pass
+ * through KVM_RUN and send the replies themselves.
+ *
+ * kvm_introspection.session counts: odd while a session is alive, even
+ * between two sessions.  What a vCPU did for a session is tagged with its
+ * number; a vCPU that finds another number puts away what it has.
+ *
+ * Locks, in the order in which they nest:
+ *
+ * kvm_introspection.lock (mutex)
+ *	HOOK, UNHOOK, and the other ioctls against these two.  Protects
+ *	->receiver and the making of ->sock.
+ *
+ * kvm_introspection.send_lock (mutex)
+ *	One message at a time on the socket, whole.  UNHOOK takes it to drop
+ *	->sock.  Threads that hold it may sleep for as long as the tool
+ *	doesn't read, but not after the socket has been shut down, so UNHOOK
+ *	shuts down first; PREUNHOOK only tries the lock.
+ *
+ * kvm_vcpu_introspection.lock (spinlock)
+ *	The queue of the vCPU, ->pauses, and of ->ev what decides whether a
+ *	reply fits.
+ *
+ * What of kvm_introspection no lock is named for belongs to the receive
+ * thread while there is one; what of kvm_vcpu_introspection no lock is named
+ * for belongs to the vCPU's thread, i.e. vcpu->mutex protects it.
+ */
+
+#include <linux/kvm_host.h>
+#include <linux/kvmi_host.h>
+#include <linux/mutex.h>
+#include <linux/net.h>
+#include <linux/spinlock.h>
+#include <linux/uio.h>
+#include <linux/wait.h>
+#include <uapi/linux/kvmi.h>
+
+#define KVMI_NUM_COMMANDS KVMI_NEXT_VCPU_MESSAGE
+#define KVMI_NUM_EVENTS   KVMI_NEXT_VCPU_EVENT
+
+/* Most vCPU commands, event replies and pauses that may wait for one vCPU */
+#define KVMI_MAX_JOBS   128
+#define KVMI_MAX_PAUSES 1002
+
+/* A message with its header */
+#define KVMI_MSG_BUF_SIZE (sizeof(struct kvmi_msg_hdr) + KVMI_MAX_MSG_SIZE)
+
+/* The data of a command reply */
+#define KVMI_MAX_REPLY_SIZE \
+	(KVMI_MAX_MSG_SIZE - sizeof(struct kvmi_error_code))
+
+/* An outgoing message, kept until the socket has taken it */
+struct kvmi_out {
+	void *msg;		/* KVMI_MSG_BUF_SIZE bytes */
+	size_t size;		/* 0: none */
+};
+
+struct kvm_introspection {
+	struct kvm *kvm;
+	struct mutex lock;		/* HOOK, UNHOOK */
+	struct mutex send_lock;		/* one message at a time */
+	struct socket *sock;
+	struct vhost_task *receiver;
+	u8 uuid[16];
+
+	atomic_t session;
+	atomic_t event_seq;
+
+	/* Bits are set and read with atomic operations, by anybody */
+	DECLARE_BITMAP(cmd_allow, KVMI_NUM_COMMANDS);
+	DECLARE_BITMAP(event_allow, KVMI_NUM_EVENTS);
+	DECLARE_BITMAP(vm_events, KVMI_NUM_EVENTS);
+	unsigned long flags;
+#define KVMI_NO_CLEANUP		0
+#define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
+
+	void *in;		/* KVMI_MSG_BUF_SIZE bytes */
+	size_t in_size;		/* bytes of the message that have arrived */
+	struct kvmi_out out;
+};
+
+/* A message that waits for a vCPU; the header is checked, the rest is not */
+struct kvmi_job {
+	struct list_head link;
+	struct kvmi_msg_hdr hdr;
+	u8 body[];		/* hdr.size bytes */
+};
+
+/* What the vCPU waits to be answered */
+struct kvmi_event {
+	/* Written under kvm_vcpu_introspection.lock */
+	bool open;
+	bool sent;
+	bool answered;		/* the reply is in the queue */
+	u16 id;
+	u32 seq;
+
+	struct {
+		unsigned long rip;	/* linear */
+		u8 insn_len;
+	} bp;
+};
+
+struct kvm_vcpu_introspection {
+	spinlock_t lock;		/* the queue, pauses, ev */
+	struct list_head jobs;
+	unsigned int nr_jobs;
+	unsigned int pauses;
+	struct kvmi_event ev;
+	wait_queue_head_t wq;	/* the vCPU's thread waits for jobs */
+
+	int session;		/* whose the rest is */
+	DECLARE_BITMAP(events, KVMI_NUM_EVENTS);
+	bool intercept_bp;
+	bool regs_pending;
+	struct kvm_regs regs;	/* to be set when the event is answered */
+	struct kvmi_out out;
+};
+
+static inline bool kvmi_session_alive(int session)
+{
+	return session & 1;
+}
+
+/* session.c */
+void kvmi_session_end(struct kvm_introspection *kvmi, int session);
+struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu);
+
+/* socket.c */
+int kvmi_out_init(struct kvmi_out *out);
+void *kvmi_out_reply(struct kvmi_out *out);
+void kvmi_out_reply_done(struct kvmi_out *out, const struct kvmi_msg_hdr *hdr,
+			 int err, size_t size);
+int kvmi_out_send(struct kvm_introspection *kvmi, struct kvmi_out *out,
+		  int session);
+int kvmi_send_unhook(struct kvm_introspection *kvmi);
+bool kvmi_receive(void *data);
+void kvmi_receive_killed(void *data);
+
+/* vm.c */
+bool kvmi_vm_command_known(u16 id);
+int kvmi_vm_command(struct kvm_introspection *kvmi,
+		    const struct kvmi_msg_hdr *hdr, const void *req,
+		    void *rpl, size_t *rpl_size);
+
+/* vcpu.c */
+bool kvmi_vcpu_command_known(u16 id);
+bool kvmi_vcpu_event_known(u16 id);
+void kvmi_vcpu_wake(struct kvm_vcpu *vcpu);
+int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
+		    const void *body);
+int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
+			  const struct kvmi_msg_hdr *hdr, const void *body);
+int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait);
+void kvmi_vcpu_drop_queue(struct kvm_vcpu_introspection *kv,
+			  const atomic_t *session);
+bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id);
+
+/* arch */
+bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu);
+void kvmi_arch_get_event_state(struct kvm_vcpu *vcpu,
+			       struct kvmi_vcpu_event_arch *arch);
+void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
+int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable);
+size_t kvmi_arch_get_bp_data(struct kvm_vcpu *vcpu, void *data);
+bool kvmi_arch_bp_is_current(struct kvm_vcpu *vcpu);
+bool kvmi_arch_bp_is_planted(struct kvm_vcpu *vcpu);
+void kvmi_arch_inject_bp(struct kvm_vcpu *vcpu);
+u64 kvmi_arch_tsc_speed(struct kvm_vcpu *vcpu);
+int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
+			    const struct kvmi_vcpu_get_registers *req,
+			    size_t req_size,
+			    struct kvmi_vcpu_get_registers_reply *rpl,
+			    size_t *rpl_size);
+u64 kvmi_arch_translate_gva(struct kvm_vcpu *vcpu, u64 gva);
+
+#endif

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: the life of a session, and the ioctls that rule it
+ */
+#include <linux/bitmap.h>
+#include <linux/moduleparam.h>
+#include <linux/sched/vhost_task.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "kvmi_int.h"
+
+static bool __read_mostly enable_introspection;
+module_param_named(introspection, enable_introspection, bool, 0444);
+
+static const u16 kvmi_always_allowed[] = {
+	KVMI_GET_VERSION,
+	KVMI_VM_CHECK_COMMAND,
+	KVMI_VM_CHECK_EVENT,
+};
+
+int kvmi_check_extension(void)
+{
+	return enable_introspection ? KVMI_VERSION : 0;
+}
+
+/* Made when the VM is hooked for the first time, freed with the VM */
+static struct kvm_introspection *kvmi_get(struct kvm *kvm)
+{
+	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi), *old;
+
+	if (kvmi)
+		return kvmi;
+
+	kvmi = kzalloc(sizeof(*kvmi), GFP_KERNEL_ACCOUNT);
+	if (!kvmi)
+		return NULL;
+
+	kvmi->kvm = kvm;
+	mutex_init(&kvmi->lock);
+	mutex_init(&kvmi->send_lock);
+
+	old = cmpxchg(&kvm->kvmi, NULL, kvmi);
+	if (old) {
+		kfree(kvmi);
+		kvmi = old;
+	}
+
+	return kvmi;
+}
+
+/*
+ * Made when the receive thread first needs it, freed with the vCPU.  There is
+ * one receive thread at a time, hence no race to make it.
+ */
+struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (kv)
+		return kv;
+
+	kv = kzalloc(sizeof(*kv), GFP_KERNEL_ACCOUNT);
+	if (!kv)
+		return NULL;
+	if (kvmi_out_init(&kv->out)) {
+		kfree(kv);
+		return NULL;
+	}
+
+	spin_lock_init(&kv->lock);
+	INIT_LIST_HEAD(&kv->jobs);
+	init_waitqueue_head(&kv->wq);
+
+	/* Pairs with the vCPU's thread, which finds it without a lock */
+	smp_store_release(&vcpu->kvmi, kv);
+	return kv;
+}
+
+void kvmi_vcpu_destroy(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (!kv)
+		return;
+
+	kvmi_vcpu_drop_queue(kv, NULL);
+	kfree(kv->out.msg);
+	kfree(kv);
+	vcpu->kvmi = NULL;
+}
+
+/*
+ * From here on no event is made and no command served.  The vCPUs notice,
+ * let go of the events they wait with and undo their interceptions.
+ */
+void kvmi_session_end(struct kvm_introspection *kvmi, int session)
+{
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	if (!kvmi_session_alive(session) ||
+	    atomic_cmpxchg(&kvmi->session, session, session + 1) != session)
+		return;
+
+	kvm_for_each_vcpu(i, vcpu, kvmi->kvm)
+		kvmi_vcpu_wake(vcpu);
+}
+
+static void kvmi_reset_allowed_commands(struct kvm_introspection *kvmi)
+{
+	int i;
+
+	bitmap_zero(kvmi->cmd_allow, KVMI_NUM_COMMANDS);
+	for (i = 0; i < ARRAY_SIZE(kvmi_always_allowed); i++)
+		set_bit(kvmi_always_allowed[i], kvmi->cmd_allow);
+}
+
+static bool kvmi_is_always_allowed(int id)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(kvmi_always_allowed); i++)
+		if (kvmi_always_allowed[i] == id)
+			return true;
+
+	return false;
+}
+
+static int __kvmi_hook(struct kvm_introspection *kvmi,
+		       const struct kvm_introspection_hook *hook)
+{
+	struct vhost_task *receiver;
+	struct socket *sock;
+	int err;
+
+	lockdep_assert_held(&kvmi->lock);
+
+	if (kvmi->sock)
+		return -EEXIST;
+
+	/* A message is a header and a body that are read one by one */
+	sock = sockfd_lookup(hook->fd, &err);
+	if (!sock)
+		return -EINVAL;
+	err = -EINVAL;
+	if (sock->type != SOCK_STREAM)
+		goto out_put_sock;
+
+	err = -ENOMEM;
+	kvmi->in = kmalloc(KVMI_MSG_BUF_SIZE, GFP_KERNEL_ACCOUNT);
+	if (!kvmi->in)
+		goto out_put_sock;
+	if (kvmi_out_init(&kvmi->out))
+		goto out_free_in;
+
+	/*
+	 * A thread of this process: it sees the memory of the guest, it is
+	 * accounted with the VM and it dies with it.
+	 */
+	receiver = vhost_task_create(kvmi_receive, kvmi_receive_killed, kvmi,
+				     "kvmi-recv");
+	if (IS_ERR_OR_NULL(receiver))
+		goto out_free_out;
+
+	memcpy(kvmi->uuid, hook->uuid, sizeof(kvmi->uuid));
+	kvmi_reset_allowed_commands(kvmi);
+	bitmap_zero(kvmi->event_allow, KVMI_NUM_EVENTS);
+	bitmap_zero(kvmi->vm_events, KVMI_NUM_EVENTS);
+	kvmi->flags = 0;
+	kvmi->in_size = 0;
+	atomic_set(&kvmi->event_seq, 0);
+	kvmi->receiver = receiver;
+
+	mutex_lock(&kvmi->send_lock);
+	kvmi->sock = sock;
+	mutex_unlock(&kvmi->send_lock);
+
+	atomic_inc(&kvmi->session);
+	vhost_task_start(receiver);
+	return 0;
+
+out_free_out:
+	kfree(kvmi->out.msg);
+out_free_in:
+	kfree(kvmi->in);
+out_put_sock:
+	sockfd_put(sock);
+	return err;
+}
+
+static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
+{
+	struct kvm_introspection *kvmi;
+	int err;
+
+	if (hook->padding)
+		return -EINVAL;
+
+	kvmi = kvmi_get(kvm);
+	if (!kvmi)
+		return -ENOMEM;
+
+	mutex_lock(&kvmi->lock);
+	err = __kvmi_hook(kvmi, hook);
+	mutex_unlock(&kvmi->lock);
+
+	return err;
+}
+
+static void __kvmi_unhook(struct kvm_introspection *kvmi)
+{
+	struct socket *sock = kvmi->sock;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	lockdep_assert_held(&kvmi->lock);
+
+	if (!sock)
+		return;
+
+	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
+	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
+	kernel_sock_shutdown(sock, SHUT_RDWR);
+	vhost_task_stop(kvmi->receiver);
+	kvmi->receiver = NULL;
+
+	mutex_lock(&kvmi->send_lock);
+	kvmi->sock = NULL;
+	mutex_unlock(&kvmi->send_lock);
+	sockfd_put(sock);
+
+	/* Nobody fills the queues any more; leave nothing to the next session */
+	kvm_for_each_vcpu(i, vcpu, kvmi->kvm) {
+		if (vcpu->kvmi)
+			kvmi_vcpu_drop_queue(vcpu->kvmi, NULL);
+	}
+
+	kfree(kvmi->out.msg);
+	kfree(kvmi->in);
+}
+
+static int kvmi_unhook(struct kvm *kvm)
+{
+	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
+
+	if (!kvmi)
+		return 0;
+
+	mutex_lock(&kvmi->lock);
+	__kvmi_unhook(kvmi);
+	mutex_unlock(&kvmi->lock);
+
+	return 0;
+}
+
+void kvmi_vm_destroy(struct kvm *kvm)
+{
+	kvmi_unhook(kvm);
+	kfree(kvm->kvmi);
+	kvm->kvmi = NULL;
+}
+
+static int kvmi_preunhook(struct kvm_introspection *kvmi)
+{
+	lockdep_assert_held(&kvmi->lock);
+
+	if (!test_bit(KVMI_VM_EVENT_UNHOOK, kvmi->vm_events))
+		return -ENOENT;
+
+	return kvmi_send_unhook(kvmi) ? -ENOENT : 0;
+}
+
+static void kvmi_allow(unsigned long *bitmap, int size, int id, bool allow)
+{
+	if (id >= 0)
+		assign_bit(id, bitmap, allow);
+	else if (allow)
+		bitmap_fill(bitmap, size);
+	else
+		bitmap_zero(bitmap, size);
+}
+
+static int kvmi_allow_command(struct kvm_introspection *kvmi,
+			      const struct kvm_introspection_feature *feat)
+{
+	if (!feat->allow && kvmi_is_always_allowed(feat->id))
+		return -EPERM;
+
+	if (!feat->allow && feat->id == -1)
+		kvmi_reset_allowed_commands(kvmi);
+	else
+		kvmi_allow(kvmi->cmd_allow, KVMI_NUM_COMMANDS, feat->id,
+			   feat->allow);
+	return 0;
+}
+
+static int kvmi_allow_event(struct kvm_introspection *kvmi,
+			    const struct kvm_introspection_feature *feat)
+{
+	kvmi_allow(kvmi->event_allow, KVMI_NUM_EVENTS, feat->id, feat->allow);
+	return 0;
+}
+
+static bool kvmi_feature_valid(const struct kvm_introspection_feature *feat,
+			       int num)
+{
+	return feat->allow <= 1 && feat->id >= -1 && feat->id < num;
+}
+
+/* The ioctls that need a hooked VM */
+static int kvmi_hooked_ioctl(struct kvm *kvm, unsigned int ioctl,
+			     const struct kvm_introspection_feature *feat)
+{
+	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
+	int err = -EFAULT;
+
+	if (!kvmi)
+		return -EFAULT;
+
+	mutex_lock(&kvmi->lock);
+	if (kvmi->sock) {
+		if (ioctl == KVM_INTROSPECTION_COMMAND)
+			err = kvmi_allow_command(kvmi, feat);
+		else if (ioctl == KVM_INTROSPECTION_EVENT)
+			err = kvmi_allow_event(kvmi, feat);
+		else
+			err = kvmi_preunhook(kvmi);
+	}
+	mutex_unlock(&kvmi->lock);
+
+	return err;
+}
+
+int kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp)
+{
+	struct kvm_introspection_feature feat;
+	struct kvm_introspection_hook hook;
+	int num;
+
+	if (!enable_introspection)
+		return -EPERM;
+
+	switch (ioctl) {
+	case KVM_INTROSPECTION_HOOK:
+		if (copy_from_user(&hook, argp, sizeof(hook)))
+			return -EFAULT;
+		return kvmi_hook(kvm, &hook);
+	case KVM_INTROSPECTION_UNHOOK:
+		return kvmi_unhook(kvm);
+	case KVM_INTROSPECTION_COMMAND:
+	case KVM_INTROSPECTION_EVENT:
+		if (copy_from_user(&feat, argp, sizeof(feat)))
+			return -EFAULT;
+		num = ioctl == KVM_INTROSPECTION_COMMAND ? KVMI_NUM_COMMANDS :
+							   KVMI_NUM_EVENTS;
+		if (!kvmi_feature_valid(&feat, num))
+			return -EINVAL;
+		return kvmi_hooked_ioctl(kvm, ioctl, &feat);
+	case KVM_INTROSPECTION_PREUNHOOK:
+		return kvmi_hooked_ioctl(kvm, ioctl, NULL);
+	default:
+		return -ENOTTY;
+	}
+}

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: the socket to the tool, which is not trusted
+ */
+#include <linux/sched.h>
+#include <linux/slab.h>
+#include <linux/socket.h>
+#include <net/sock.h>
+
+#include "kvmi_int.h"
+
+/*
+ * How long a message of which the socket has taken a part may keep a thread
+ * that is wanted elsewhere.  A signal can't stop it there, or the stream
+ * would be torn.
+ */
+#define KVMI_SEND_GRACE_MS 100
+
+/*
+ * The first part of a reply
+ */
+struct kvmi_reply_head {
+	struct kvmi_msg_hdr hdr;
+	struct kvmi_error_code ec;
+};
+
+int kvmi_out_init(struct kvmi_out *out)
+{
+	out->size = 0;
+	out->msg = kmalloc(KVMI_MSG_BUF_SIZE, GFP_KERNEL_ACCOUNT);
+	return out->msg ? 0 : -ENOMEM;
+}
+
+/* Where the data of a command reply goes, at most KVMI_MAX_REPLY_SIZE bytes */
+void *kvmi_out_reply(struct kvmi_out *out)
+{
+	return out->msg + sizeof(struct kvmi_reply_head);
+}
+
+void kvmi_out_reply_done(struct kvmi_out *out, const struct kvmi_msg_hdr *hdr,
+			 int err, size_t size)
+{
+	struct kvmi_reply_head *head = out->msg;
+
+	if (err)
+		size = 0;
+
+	head->hdr.id = hdr->id;
+	head->hdr.seq = hdr->seq;
+	head->hdr.size = sizeof(head->ec) + size;
+	head->ec.err = err;
+	head->ec.padding = 0;
+	out->size = sizeof(*head) + size;
+}
+
+static bool kvmi_interrupted(int err)
+{
+	return err == -EINTR || err == -ERESTARTSYS || err == -EAGAIN;
+}
+
+/*
+ * Sends all of the message, or nothing of it (-EINTR: wanted elsewhere), or
+ * the session is lost.
+ */
+static int kvmi_sock_send(struct socket *sock, void *buf, size_t size,
+			  unsigned int flags)
+{
+	unsigned long give_up = 0;
+	size_t sent = 0;
+	int ret;
+
+	while (sent < size) {
+		struct kvec vec = {
+			.iov_base = buf + sent,
+			.iov_len = size - sent,
+		};
+		struct msghdr msg = { .msg_flags = MSG_NOSIGNAL | flags };
+
+		ret = kernel_sendmsg(sock, &msg, &vec, 1, vec.iov_len);
+		if (ret > 0) {
+			sent += ret;
+			continue;
+		}
+		if (!kvmi_interrupted(ret))
+			return ret ?: -EPIPE;
+		if (!sent)
+			return -EINTR;
+
+		if (!give_up)
+			give_up = jiffies + msecs_to_jiffies(KVMI_SEND_GRACE_MS);
+		else if (time_after(jiffies, give_up))
+			return -ETIMEDOUT;
+		flags |= MSG_DONTWAIT;
+		schedule_timeout_uninterruptible(1);
+	}
+
+	return 0;
+}
+
+/* Called with send_lock held, which keeps the socket */
+static int kvmi_send_locked(struct kvm_introspection *kvmi, void *buf,
+			    size_t size, int session, unsigned int flags)
+{
+	int err;
+
+	lockdep_assert_held(&kvmi->send_lock);
+
+	if (!kvmi_session_alive(session) ||
+	    atomic_read(&kvmi->session) != session)
+		return -ENOTCONN;
+
+	err = kvmi_sock_send(kvmi->sock, buf, size, flags);
+	if (err && err != -EINTR) {
+		kvmi_session_end(kvmi, session);
+		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+	}
+
+	return err;
+}
+
+static int kvmi_send_unhook_locked(struct kvm_introspection *kvmi)
+{
+	struct {
+		struct kvmi_msg_hdr hdr;
+		struct kvmi_event_hdr ev;
+	} msg = {
+		.hdr.id = KVMI_VM_EVENT,
+		.hdr.size = sizeof(msg.ev),
+		.hdr.seq = atomic_inc_return(&kvmi->event_seq),
+		.ev.event = KVMI_VM_EVENT_UNHOOK,
+	};
+
+	return kvmi_send_locked(kvmi, &msg, sizeof(msg),
+				atomic_read(&kvmi->session), MSG_DONTWAIT);
+}
+
+/*
+ * Whoever finds send_lock taken leaves the event to the holder, who looks for
+ * it after every unlock.
+ */
+static int kvmi_send_pending_unhook(struct kvm_introspection *kvmi)
+{
+	int err = 0;
+
+	/* Orders the unlock, or the setting of the bit, before the test */
+	smp_mb();
+
+	while (test_bit(KVMI_UNHOOK_PENDING, &kvmi->flags) &&
+	       mutex_trylock(&kvmi->send_lock)) {
+		if (test_and_clear_bit(KVMI_UNHOOK_PENDING, &kvmi->flags))
+			err = kvmi_send_unhook_locked(kvmi);
+		mutex_unlock(&kvmi->send_lock);
+		/* As above */
+		smp_mb();
+	}
+
+	return err;
+}
+
+/* Never sleeps for the tool: the caller is the device manager's main loop */
+int kvmi_send_unhook(struct kvm_introspection *kvmi)
+{
+	if (!kvmi_session_alive(atomic_read(&kvmi->session)))
+		return -ENOTCONN;
+
+	set_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
+	return kvmi_send_pending_unhook(kvmi);
+}
+
+/*
+ * Returns -EINTR, and keeps the message, if the thread is wanted elsewhere
+ * before the socket takes it.  For whatever else goes wrong the session has
+ * ended and the message is dropped.
+ */
+int kvmi_out_send(struct kvm_introspection *kvmi, struct kvmi_out *out,
+		  int session)
+{
+	int err;
+
+	if (!out->size)
+		return 0;
+
+	if (mutex_lock_interruptible(&kvmi->send_lock))
+		return -EINTR;
+	err = kvmi_send_locked(kvmi, out->msg, out->size, session, 0);
+	mutex_unlock(&kvmi->send_lock);
+	kvmi_send_pending_unhook(kvmi);
+
+	if (err != -EINTR)
+		out->size = 0;
+
+	return err;
+}
+
+static int kvmi_queue_vcpu_message(struct kvm_introspection *kvmi,
+				   const struct kvmi_msg_hdr *hdr,
+				   const void *body)
+{
+	const struct kvmi_vcpu_hdr *vcpu_hdr = body;
+	struct kvm_vcpu *vcpu;
+
+	if (hdr->size < sizeof(*vcpu_hdr))
+		return hdr->id == KVMI_VCPU_EVENT ? -EPROTO : -KVM_EINVAL;
+	if (vcpu_hdr->padding1 || vcpu_hdr->padding2)
+		return -KVM_EINVAL;
+
+	vcpu = kvm_get_vcpu(kvmi->kvm, vcpu_hdr->vcpu);
+	if (!vcpu)
+		return -KVM_EINVAL;
+	if (!kvmi_vcpu_get(vcpu))
+		return -KVM_ENOMEM;
+	if (!kvmi_arch_vcpu_started(vcpu) && !READ_ONCE(vcpu->kvmi->ev.open))
+		return -KVM_EAGAIN;
+
+	if (hdr->id == KVMI_VCPU_EVENT)
+		return kvmi_vcpu_queue_reply(vcpu, hdr, body);
+
+	return kvmi_vcpu_queue(vcpu, hdr, body);
+}
+
+/* Returns < 0 if the message must end the session */
+static int kvmi_dispatch(struct kvm_introspection *kvmi)
+{
+	const struct kvmi_msg_hdr *hdr = kvmi->in;
+	const void *body = hdr + 1;
+	size_t rpl_size = 0;
+	int ec;
+
+	if (kvmi_vm_command_known(hdr->id)) {
+		if (test_bit(hdr->id, kvmi->cmd_allow))
+			ec = kvmi_vm_command(kvmi, hdr, body,
+					     kvmi_out_reply(&kvmi->out),
+					     &rpl_size);
+		else
+			ec = -KVM_EPERM;
+	} else if (hdr->id == KVMI_VCPU_EVENT ||
+		   kvmi_vcpu_command_known(hdr->id)) {
+		if (hdr->id == KVMI_VCPU_EVENT ||
+		    test_bit(hdr->id, kvmi->cmd_allow))
+			ec = kvmi_queue_vcpu_message(kvmi, hdr, body);
+		else
+			ec = -KVM_EPERM;
+		/* The vCPU's thread answers */
+		if (!ec)
+			return 0;
+		if (ec == -EPROTO)
+			return ec;
+	} else {
+		ec = -KVM_ENOSYS;
+	}
+
+	kvmi_out_reply_done(&kvmi->out, hdr, ec, rpl_size);
+	return 0;
+}
+
+/* Reads what is there of a message, and deals with it once it is complete */
+static int kvmi_read(struct kvm_introspection *kvmi)
+{
+	const struct kvmi_msg_hdr *hdr = kvmi->in;
+	size_t want = sizeof(*hdr);
+	struct msghdr msg = {};
+	struct kvec vec;
+	int ret;
+
+	if (kvmi->in_size >= sizeof(*hdr))
+		want += hdr->size;
+
+	vec.iov_base = kvmi->in + kvmi->in_size;
+	vec.iov_len = want - kvmi->in_size;
+	ret = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len, 0);
+	if (ret <= 0)
+		return ret ?: -EPIPE;
+
+	kvmi->in_size += ret;
+	if (kvmi->in_size < sizeof(*hdr))
+		return 0;
+	if (hdr->size > KVMI_MAX_MSG_SIZE)
+		return -EPROTO;
+	if (kvmi->in_size < sizeof(*hdr) + hdr->size)
+		return 0;
+
+	kvmi->in_size = 0;
+	return kvmi_dispatch(kvmi);
+}
+
+/*
+ * Called again and again by the receive thread, which sleeps when this
+ * returns false and sees to its signals (to be stopped, frozen or killed with
+ * its process) in between.
+ */
+bool kvmi_receive(void *data)
+{
+	struct kvm_introspection *kvmi = data;
+	int session = atomic_read(&kvmi->session);
+	int err;
+
+	if (!kvmi_session_alive(session))
+		return false;
+
+	__set_current_state(TASK_RUNNING);
+
+	err = kvmi_out_send(kvmi, &kvmi->out, session);
+	if (!err)
+		err = kvmi_read(kvmi);
+	if (err && !kvmi_interrupted(err)) {
+		kvmi_session_end(kvmi, session);
+		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+	}
+
+	return true;
+}
+
+/* The process dies; the receive thread is the first to know */
+void kvmi_receive_killed(void *data)
+{
+	struct kvm_introspection *kvmi = data;
+
+	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
+	kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+}

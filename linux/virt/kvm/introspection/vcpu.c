@@ -1,0 +1,584 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: what a vCPU does for the tool, in its own thread
+ */
+#include <linux/slab.h>
+
+#include "kvmi_int.h"
+
+/* Makes the vCPU's thread look at its queue, soon and wherever it is */
+void kvmi_vcpu_wake(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv;
+
+	/* Pairs with kvmi_vcpu_get(); a vCPU without state has no queue */
+	kv = smp_load_acquire(&vcpu->kvmi);
+	if (!kv)
+		return;
+
+	/* It looks before it goes on if it waits for the tool already */
+	if (wq_has_sleeper(&kv->wq)) {
+		wake_up(&kv->wq);
+		return;
+	}
+
+	/*
+	 * A halted vCPU stays halted, for the guest; UNBLOCK only takes its
+	 * thread out of the wait.  This order, as vcpu_run() clears UNBLOCK.
+	 */
+	kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	kvm_make_request(KVM_REQ_UNBLOCK, vcpu);
+	kvm_vcpu_kick(vcpu);
+}
+
+static struct kvmi_job *kvmi_new_job(const struct kvmi_msg_hdr *hdr,
+				     const void *body)
+{
+	struct kvmi_job *job;
+
+	job = kmalloc(struct_size(job, body, hdr->size), GFP_KERNEL_ACCOUNT);
+	if (job) {
+		job->hdr = *hdr;
+		memcpy(job->body, body, hdr->size);
+	}
+
+	return job;
+}
+
+int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
+		    const void *body)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_job *job;
+	int err = 0;
+
+	job = kvmi_new_job(hdr, body);
+	if (!job)
+		return -KVM_ENOMEM;
+
+	spin_lock(&kv->lock);
+	if (kv->nr_jobs < KVMI_MAX_JOBS) {
+		list_add_tail(&job->link, &kv->jobs);
+		kv->nr_jobs++;
+	} else {
+		err = -KVM_EBUSY;
+	}
+	spin_unlock(&kv->lock);
+
+	if (err) {
+		kfree(job);
+		return err;
+	}
+
+	kvmi_vcpu_wake(vcpu);
+	return 0;
+}
+
+static unsigned int kvmi_event_actions(u16 id)
+{
+	switch (id) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
+		return BIT(KVMI_EVENT_ACTION_CONTINUE) |
+		       BIT(KVMI_EVENT_ACTION_RETRY) |
+		       BIT(KVMI_EVENT_ACTION_CRASH);
+	default:
+		return BIT(KVMI_EVENT_ACTION_CONTINUE) |
+		       BIT(KVMI_EVENT_ACTION_CRASH);
+	}
+}
+
+/*
+ * Returns -EPROTO for a reply that nobody waits for or that doesn't fit the
+ * event: the tool and KVM no longer agree on what the guest does.
+ */
+int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
+			  const struct kvmi_msg_hdr *hdr, const void *body)
+{
+	const struct kvmi_vcpu_event_reply *rpl =
+		body + sizeof(struct kvmi_vcpu_hdr);
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_event *ev = &kv->ev;
+	struct kvmi_job *job;
+	int err = 0;
+
+	if (hdr->size != sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl))
+		return -EPROTO;
+	if (rpl->padding1 || rpl->padding2)
+		return -EPROTO;
+
+	/* Behind the commands that came before it, so it can't be refused */
+	job = kvmi_new_job(hdr, body);
+	if (!job)
+		return -EPROTO;
+
+	spin_lock(&kv->lock);
+	if (!ev->open || !ev->sent || ev->answered || ev->seq != hdr->seq ||
+	    rpl->action > KVMI_EVENT_ACTION_CRASH ||
+	    !(kvmi_event_actions(ev->id) & BIT(rpl->action))) {
+		err = -EPROTO;
+	} else {
+		ev->answered = true;
+		list_add_tail(&job->link, &kv->jobs);
+		kv->nr_jobs++;
+	}
+	spin_unlock(&kv->lock);
+
+	if (err) {
+		kfree(job);
+		return err;
+	}
+
+	kvmi_vcpu_wake(vcpu);
+	return 0;
+}
+
+/* Returns, if asked to wait, when the vCPU can't run guest code any more */
+int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	unsigned long *mask = NULL;
+	int err = 0;
+
+	if (wait) {
+		mask = bitmap_zalloc(KVM_MAX_VCPUS, GFP_KERNEL_ACCOUNT);
+		if (!mask)
+			return -KVM_ENOMEM;
+		__set_bit(vcpu->vcpu_idx, mask);
+	}
+
+	spin_lock(&kv->lock);
+	if (kv->pauses < KVMI_MAX_PAUSES)
+		kv->pauses++;
+	else
+		err = -KVM_EBUSY;
+	spin_unlock(&kv->lock);
+
+	if (!err) {
+		kvmi_vcpu_wake(vcpu);
+		if (wait)
+			kvm_make_vcpus_request_mask(vcpu->kvm,
+						    KVM_REQ_INTROSPECTION |
+						    KVM_REQUEST_WAIT, mask);
+	}
+
+	bitmap_free(mask);
+	return err;
+}
+
+/* Empties the queue, unless it may belong to a session that is alive */
+void kvmi_vcpu_drop_queue(struct kvm_vcpu_introspection *kv,
+			  const atomic_t *session)
+{
+	struct kvmi_job *job, *next;
+	LIST_HEAD(jobs);
+
+	spin_lock(&kv->lock);
+	if (!session || !kvmi_session_alive(atomic_read(session))) {
+		list_splice_init(&kv->jobs, &jobs);
+		kv->nr_jobs = 0;
+		kv->pauses = 0;
+	}
+	spin_unlock(&kv->lock);
+
+	list_for_each_entry_safe(job, next, &jobs, link)
+		kfree(job);
+}
+
+/*
+ * The rest runs in the vCPU's thread, with vcpu->mutex held and the vCPU
+ * loaded.
+ */
+
+static int kvmi_vcpu_get_info(struct kvm_vcpu *vcpu, const void *req,
+			      size_t req_size, void *_rpl, size_t *rpl_size)
+{
+	struct kvmi_vcpu_get_info_reply *rpl = _rpl;
+
+	rpl->tsc_speed = kvmi_arch_tsc_speed(vcpu);
+
+	*rpl_size = sizeof(*rpl);
+	return 0;
+}
+
+static int kvmi_vcpu_control_events(struct kvm_vcpu *vcpu, const void *_req,
+				    size_t req_size, void *rpl,
+				    size_t *rpl_size)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	const struct kvmi_vcpu_control_events *req = _req;
+	int err = 0;
+
+	if (req->padding1 || req->padding2 || req->enable > 1)
+		return -KVM_EINVAL;
+	if (!kvmi_vcpu_event_known(req->event_id))
+		return -KVM_EINVAL;
+	if (!test_bit(req->event_id, kvmi->event_allow))
+		return -KVM_EPERM;
+
+	if (req->event_id == KVMI_VCPU_EVENT_BREAKPOINT)
+		err = kvmi_arch_control_bp(vcpu, req->enable);
+	if (!err)
+		assign_bit(req->event_id, vcpu->kvmi->events, req->enable);
+
+	return err;
+}
+
+static int kvmi_vcpu_get_registers(struct kvm_vcpu *vcpu, const void *req,
+				   size_t req_size, void *rpl,
+				   size_t *rpl_size)
+{
+	return kvmi_arch_get_registers(vcpu, req, req_size, rpl, rpl_size);
+}
+
+static int kvmi_vcpu_set_registers(struct kvm_vcpu *vcpu, const void *req,
+				   size_t req_size, void *rpl,
+				   size_t *rpl_size)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (!kv->ev.open)
+		return -KVM_EOPNOTSUPP;
+
+	memcpy(&kv->regs, req, sizeof(kv->regs));
+	kv->regs_pending = true;
+	return 0;
+}
+
+static int kvmi_vcpu_translate_gva(struct kvm_vcpu *vcpu, const void *_req,
+				   size_t req_size, void *_rpl,
+				   size_t *rpl_size)
+{
+	const struct kvmi_vcpu_translate_gva *req = _req;
+	struct kvmi_vcpu_translate_gva_reply *rpl = _rpl;
+
+	rpl->gpa = kvmi_arch_translate_gva(vcpu, req->gva);
+
+	*rpl_size = sizeof(*rpl);
+	return 0;
+}
+
+/*
+ * A command's handler returns 0 or a negative KVM_E*; the request, counted
+ * from behind kvmi_vcpu_hdr, has at least the size that the table gives.  rpl
+ * has room for KVMI_MAX_REPLY_SIZE bytes, is not initialised, and *rpl_size is
+ * 0.
+ */
+struct kvmi_vcpu_cmd {
+	int (*handler)(struct kvm_vcpu *vcpu, const void *req, size_t req_size,
+		       void *rpl, size_t *rpl_size);
+	size_t min_size;
+};
+
+#define KVMI_VCPU_CMD(_id, _handler, _size) \
+	[_id] = { .handler = (_handler), .min_size = (_size) }
+
+static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_INFO, kvmi_vcpu_get_info, 0),
+	KVMI_VCPU_CMD(KVMI_VCPU_CONTROL_EVENTS, kvmi_vcpu_control_events,
+		      sizeof(struct kvmi_vcpu_control_events)),
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_REGISTERS, kvmi_vcpu_get_registers,
+		      sizeof(struct kvmi_vcpu_get_registers)),
+	KVMI_VCPU_CMD(KVMI_VCPU_SET_REGISTERS, kvmi_vcpu_set_registers,
+		      sizeof(struct kvm_regs)),
+	KVMI_VCPU_CMD(KVMI_VCPU_TRANSLATE_GVA, kvmi_vcpu_translate_gva,
+		      sizeof(struct kvmi_vcpu_translate_gva)),
+};
+
+bool kvmi_vcpu_command_known(u16 id)
+{
+	return id < ARRAY_SIZE(kvmi_vcpu_cmds) && kvmi_vcpu_cmds[id].handler;
+}
+
+bool kvmi_vcpu_event_known(u16 id)
+{
+	return id == KVMI_VCPU_EVENT_PAUSE || id == KVMI_VCPU_EVENT_BREAKPOINT;
+}
+
+/* What the tool left open goes the way it goes without a tool */
+static void kvmi_event_abandon(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	/* The tool may have taken the INT3 out and gone without an answer */
+	if (kv->ev.open && kv->ev.id == KVMI_VCPU_EVENT_BREAKPOINT &&
+	    kvmi_arch_bp_is_current(vcpu) && kvmi_arch_bp_is_planted(vcpu))
+		kvmi_arch_inject_bp(vcpu);
+
+	spin_lock(&kv->lock);
+	kv->ev.open = false;
+	spin_unlock(&kv->lock);
+	kv->regs_pending = false;
+}
+
+/* Puts away what belongs to a session that has ended */
+static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	int session = atomic_read(&kvmi->session);
+
+	if (kv->session == session)
+		return;
+
+	kv->out.size = 0;
+	bitmap_zero(kv->events, KVMI_NUM_EVENTS);
+	if (kv->intercept_bp && !test_bit(KVMI_NO_CLEANUP, &kvmi->flags))
+		kvmi_arch_control_bp(vcpu, false);
+	kvmi_event_abandon(vcpu);
+	kv->session = session;
+}
+
+/*
+ * The vCPU has reached something that the tool wants to know of.  Returns
+ * false if it does not; else the vCPU's next pass through the run loop sends
+ * the event and waits for the reply.
+ */
+bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (!kv || !kvmi_session_alive(kv->session) ||
+	    kv->session != atomic_read(&kvmi->session))
+		return false;
+	if (id != KVMI_VCPU_EVENT_PAUSE && !test_bit(id, kv->events))
+		return false;
+	if (WARN_ON_ONCE(kv->ev.open))
+		return false;
+
+	spin_lock(&kv->lock);
+	kv->ev.id = id;
+	kv->ev.open = true;
+	kv->ev.sent = false;
+	kv->ev.answered = false;
+	spin_unlock(&kv->lock);
+
+	kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	return true;
+}
+
+static size_t kvmi_event_data(struct kvm_vcpu *vcpu, u16 id, void *data)
+{
+	switch (id) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
+		return kvmi_arch_get_bp_data(vcpu, data);
+	default:
+		return 0;
+	}
+}
+
+static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct {
+		struct kvmi_msg_hdr hdr;
+		struct kvmi_event_hdr ev;
+		struct kvmi_vcpu_event common;
+		u8 data[];
+	} *msg = kv->out.msg;
+	u32 seq = atomic_inc_return(&kvmi->event_seq);
+
+	memset(msg, 0, sizeof(*msg));
+	msg->ev.event = kv->ev.id;
+	msg->common.size = sizeof(msg->common);
+	msg->common.vcpu = vcpu->vcpu_idx;
+	kvmi_arch_get_event_state(vcpu, &msg->common.arch);
+
+	kv->out.size = sizeof(*msg) + kvmi_event_data(vcpu, kv->ev.id,
+						      msg->data);
+	msg->hdr.id = KVMI_VCPU_EVENT;
+	msg->hdr.seq = seq;
+	msg->hdr.size = kv->out.size - sizeof(msg->hdr);
+
+	/* From here on the reply may come */
+	spin_lock(&kv->lock);
+	kv->ev.seq = seq;
+	kv->ev.sent = true;
+	spin_unlock(&kv->lock);
+}
+
+/* Returns 0 if the vCPU must leave to userspace, 1 if it goes on */
+static int kvmi_event_finish(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
+{
+	const struct kvmi_vcpu_event_reply *rpl =
+		(void *)job->body + sizeof(struct kvmi_vcpu_hdr);
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	bool inject_bp;
+
+	inject_bp = kv->ev.id == KVMI_VCPU_EVENT_BREAKPOINT &&
+		    rpl->action == KVMI_EVENT_ACTION_CONTINUE &&
+		    kvmi_arch_bp_is_current(vcpu);
+
+	if (kv->regs_pending)
+		kvmi_arch_set_regs(vcpu, &kv->regs);
+	kv->regs_pending = false;
+
+	if (inject_bp)
+		kvmi_arch_inject_bp(vcpu);
+
+	spin_lock(&kv->lock);
+	kv->ev.open = false;
+	spin_unlock(&kv->lock);
+
+	if (rpl->action != KVMI_EVENT_ACTION_CRASH)
+		return 1;
+
+	vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
+	vcpu->run->system_event.type = KVM_SYSTEM_EVENT_CRASH;
+	vcpu->run->system_event.ndata = 0;
+	return 0;
+}
+
+static void kvmi_run_command(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
+{
+	const struct kvmi_vcpu_cmd *cmd = &kvmi_vcpu_cmds[job->hdr.id];
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	size_t req_size = job->hdr.size - sizeof(struct kvmi_vcpu_hdr);
+	size_t rpl_size = 0;
+	int ec = -KVM_EINVAL;
+
+	if (req_size >= cmd->min_size)
+		ec = cmd->handler(vcpu,
+				  job->body + sizeof(struct kvmi_vcpu_hdr),
+				  req_size, kvmi_out_reply(&kv->out),
+				  &rpl_size);
+
+	kvmi_out_reply_done(&kv->out, &job->hdr, ec, rpl_size);
+}
+
+static struct kvmi_job *kvmi_next_job(struct kvm_vcpu_introspection *kv)
+{
+	struct kvmi_job *job;
+
+	spin_lock(&kv->lock);
+	job = list_first_entry_or_null(&kv->jobs, struct kvmi_job, link);
+	if (job) {
+		list_del(&job->link);
+		kv->nr_jobs--;
+	}
+	spin_unlock(&kv->lock);
+
+	return job;
+}
+
+static bool kvmi_take_pause(struct kvm_vcpu_introspection *kv)
+{
+	bool pause;
+
+	spin_lock(&kv->lock);
+	pause = kv->pauses > 0;
+	if (pause)
+		kv->pauses--;
+	spin_unlock(&kv->lock);
+
+	return pause;
+}
+
+/* For as long as the tool likes, so never without a way out by a signal */
+static int kvmi_vcpu_wait(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	int err;
+
+	kvm_vcpu_srcu_read_unlock(vcpu);
+	err = wait_event_interruptible(kv->wq,
+				       !list_empty_careful(&kv->jobs) ||
+				       atomic_read(&kvmi->session) !=
+				       kv->session);
+	kvm_vcpu_srcu_read_lock(vcpu);
+
+	return err ? -EINTR : 0;
+}
+
+static int kvmi_vcpu_send(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	int err;
+
+	kvm_vcpu_srcu_read_unlock(vcpu);
+	err = kvmi_out_send(vcpu->kvm->kvmi, &kv->out, kv->session);
+	kvm_vcpu_srcu_read_lock(vcpu);
+
+	return err == -EINTR ? err : 0;
+}
+
+/*
+ * Does one thing that the tool wants.  Returns 1 if there was something, 0 if
+ * there was nothing, and -EINTR if userspace wants the thread; *r is what
+ * KVM_RUN's loop shall do.
+ */
+static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_job *job;
+	int err;
+
+	kvmi_vcpu_follow_session(vcpu);
+
+	if (!kvmi_session_alive(kv->session)) {
+		kvmi_vcpu_drop_queue(kv, &vcpu->kvm->kvmi->session);
+		return 0;
+	}
+
+	if (kv->out.size)
+		return kvmi_vcpu_send(vcpu) ?: 1;
+
+	if (kv->ev.open && !kv->ev.sent) {
+		kvmi_event_prepare(vcpu);
+		return 1;
+	}
+
+	job = kvmi_next_job(kv);
+	if (job) {
+		if (job->hdr.id == KVMI_VCPU_EVENT)
+			*r = kvmi_event_finish(vcpu, job);
+		else
+			kvmi_run_command(vcpu, job);
+		kfree(job);
+		return 1;
+	}
+
+	if (kv->ev.open) {
+		err = kvmi_vcpu_wait(vcpu);
+		return err ?: 1;
+	}
+
+	if (kvmi_take_pause(kv)) {
+		kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PAUSE);
+		return 1;
+	}
+
+	return 0;
+}
+
+/*
+ * Called within kvm->srcu read side by KVM_RUN's loop.  Returns 1 to let it
+ * go on; else the vCPU leaves to userspace, with the event still open if it
+ * was, and takes up the wait where it was when it is run again.
+ */
+int kvmi_vcpu_handle_request(struct kvm_vcpu *vcpu)
+{
+	int again, r = 1;
+
+	if (!kvm_check_request(KVM_REQ_INTROSPECTION, vcpu))
+		return 1;
+
+	/* Who made the request had found or made it */
+	if (WARN_ON_ONCE(!vcpu->kvmi))
+		return 1;
+
+	do {
+		again = kvmi_vcpu_step(vcpu, &r);
+	} while (again > 0 && r > 0);
+
+	if (again)
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	if (again < 0) {
+		kvm_handle_signal_exit(vcpu);
+		return again;
+	}
+
+	return r;
+}
