@@ -16,6 +16,7 @@ void kvmi_vcpu_destroy(struct kvm_vcpu *vcpu);
 int kvmi_vcpu_handle_request(struct kvm_vcpu *vcpu);
 
 bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu);
+bool kvmi_owns_bp(struct kvm_vcpu *vcpu);
 bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len);
 
 static inline bool kvmi_vcpu_requested(struct kvm_vcpu *vcpu)
@@ -44,6 +45,11 @@ static inline int kvmi_vcpu_handle_request(struct kvm_vcpu *vcpu)
 }
 
 static inline bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline bool kvmi_owns_bp(struct kvm_vcpu *vcpu)
 {
 	return false;
 }

@@ -140,6 +140,15 @@ bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)
 }
 EXPORT_SYMBOL_GPL(kvmi_intercepts_bp);
 
+/*
+ * False for what a session that has ended has left behind, which the vCPU
+ * removes when it next runs.
+ */
+bool kvmi_owns_bp(struct kvm_vcpu *vcpu)
+{
+	return kvmi_intercepts_bp(vcpu) && kvmi_vcpu_in_session(vcpu);
+}
+
 /* #BP is either the tool's or, for guest debugging, userspace's */
 int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable)
 {

@@ -170,6 +170,7 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait);
 void kvmi_vcpu_drop_queue(struct kvm_vcpu_introspection *kv,
 			  const atomic_t *session);
+bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu);
 bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id);
 
 /* arch */

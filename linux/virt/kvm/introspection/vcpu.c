@@ -328,6 +328,15 @@ static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	kv->session = session;
 }
 
+/* Has it been told something by the session that is alive? */
+bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	return kv && kvmi_session_alive(kv->session) &&
+	       kv->session == atomic_read(&vcpu->kvm->kvmi->session);
+}
+
 /*
  * The vCPU has reached something that the tool wants to know of.  Returns
  * false if it does not; else the vCPU's next pass through the run loop sends
@@ -335,11 +344,9 @@ static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
  */
 bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id)
 {
-	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 
-	if (!kv || !kvmi_session_alive(kv->session) ||
-	    kv->session != atomic_read(&kvmi->session))
+	if (!kvmi_vcpu_in_session(vcpu))
 		return false;
 	if (id != KVMI_VCPU_EVENT_PAUSE && !test_bit(id, kv->events))
 		return false;
