@@ -1,0 +1,3424 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Tests of KVM introspection: the ioctls as a device manager uses them, the
+ * messages as the tool sees them, and the guest, which must notice nothing.
+ *
+ * The main thread is both the device manager and the tool, the vCPUs have
+ * threads of their own.  Nothing waits without a bound.
+ */
+#include <linux/kvmi.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#include "kvm_test_harness.h"
+#include "apic.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+#include "ucall_common.h"
+
+/* How long to wait for what must happen, and for what must not */
+#define TIMEOUT_MS	10000
+#define QUIET_MS	30
+/* What "at once" is, on a slow and busy machine */
+#define AT_ONCE_MS	2000
+
+/* The limits of struct kvm_vcpu_introspection's queues */
+#define MAX_JOBS	128
+#define MAX_PAUSES	1002
+#define MAX_MSRS	481
+
+#define IRQ_VECTOR	0x40
+#define UNMAPPED_GPA	0x7000000000ull
+#define EXTRA_GPA	0x10000000ull
+#define EXTRA_SLOT	10
+
+/* Commands that are neither known nor likely to be */
+static const u16 unknown_commands[] = {
+	KVMI_NEXT_VM_MESSAGE + 40, KVMI_NEXT_VCPU_MESSAGE + 40, 0xfffe,
+	0xffff
+};
+
+/* Commands that need permission */
+static const u16 vm_commands[] = {
+	KVMI_VM_GET_INFO, KVMI_VM_CONTROL_EVENTS, KVMI_VM_READ_PHYSICAL,
+	KVMI_VM_WRITE_PHYSICAL, KVMI_VM_PAUSE_VCPU, KVMI_VM_CONTROL_CLEANUP
+};
+
+static const u16 vcpu_commands[] = {
+	KVMI_VCPU_GET_INFO, KVMI_VCPU_CONTROL_EVENTS, KVMI_VCPU_GET_REGISTERS,
+	KVMI_VCPU_SET_REGISTERS, KVMI_VCPU_TRANSLATE_GVA
+};
+
+static const u16 free_commands[] = {
+	KVMI_GET_VERSION, KVMI_VM_CHECK_COMMAND, KVMI_VM_CHECK_EVENT
+};
+
+static const u16 known_events[] = {
+	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE, KVMI_VCPU_EVENT_BREAKPOINT
+};
+
+struct msg {
+	struct kvmi_msg_hdr hdr;
+	u8 body[KVMI_MAX_MSG_SIZE];
+};
+
+struct event {
+	struct kvmi_msg_hdr hdr;
+	struct kvmi_event_hdr ev;
+	struct kvmi_vcpu_event common;
+	struct kvmi_vcpu_event_breakpoint bp;
+};
+
+#define VM_EVENT_SIZE    sizeof(struct kvmi_event_hdr)
+#define VCPU_EVENT_SIZE  (VM_EVENT_SIZE + sizeof(struct kvmi_vcpu_event))
+#define EVENT_REPLY_SIZE (sizeof(struct kvmi_vcpu_hdr) + \
+			  sizeof(struct kvmi_vcpu_event_reply))
+
+/* The tool's end of the session */
+static struct {
+	int fd;
+	u32 seq;
+	/* Events that came while something else was waited for */
+	struct event events[8];
+	unsigned int nr_events;
+} tool = { .fd = -1 };
+
+/*
+ * The guests.  Each has a copy of these variables.
+ */
+static u64 counter;
+static u64 traps;
+static u64 trap_rip;
+static u64 result;
+static u64 stop;
+
+extern u8 bp_insn[], bp_next[];
+
+static void guest_count(void)
+{
+	while (!READ_ONCE(stop))
+		WRITE_ONCE(counter, counter + 1);
+	GUEST_DONE();
+}
+
+static void guest_on_bp(struct ex_regs *regs)
+{
+	WRITE_ONCE(trap_rip, regs->rip);
+	WRITE_ONCE(traps, traps + 1);
+}
+
+static noinline void guest_int3(void)
+{
+	asm volatile("bp_insn: int3\n"
+		     "bp_next:" : : : "memory");
+}
+
+static void guest_break_once(void)
+{
+	guest_int3();
+	WRITE_ONCE(counter, 1);
+	while (!READ_ONCE(stop))
+		;
+	GUEST_DONE();
+}
+
+static void guest_break(void)
+{
+	while (!READ_ONCE(stop)) {
+		guest_int3();
+		WRITE_ONCE(counter, counter + 1);
+	}
+	GUEST_DONE();
+}
+
+/* Goes on when somebody sets RBX, after counter has become 1 */
+static void guest_wait_rbx(void)
+{
+	u64 rbx = 0;
+
+	asm volatile("movq $1, %1\n"
+		     "1: pause\n"
+		     "test %0, %0\n"
+		     "jz 1b" : "+b"(rbx), "=m"(counter) : : "cc");
+	WRITE_ONCE(result, rbx);
+	GUEST_DONE();
+}
+
+/* As guest_break_once(), and shows RAX and RBX as they are after the INT3 */
+static void guest_break_rax(void)
+{
+	u64 rax = 1, rbx = 2;
+
+	asm volatile("int3" : "+a"(rax), "+b"(rbx) : : "memory");
+	WRITE_ONCE(counter, rbx);
+	WRITE_ONCE(result, rax);
+	while (!READ_ONCE(stop))
+		;
+	GUEST_DONE();
+}
+
+static void guest_on_irq(struct ex_regs *regs)
+{
+	x2apic_write_reg(APIC_EOI, 0);
+	WRITE_ONCE(traps, traps + 1);
+}
+
+static void guest_halt(void)
+{
+	x2apic_enable();
+	WRITE_ONCE(counter, 1);
+	asm volatile("sti; hlt; cli" : : : "memory");
+	WRITE_ONCE(counter, 2);
+	GUEST_DONE();
+}
+
+#define guest_var(vm, var) \
+	((typeof(var) *)addr_gva2hva(vm, (vm_vaddr_t)&(var)))
+#define guest_read(vm, var) READ_ONCE(*guest_var(vm, var))
+#define guest_write(vm, var, val) WRITE_ONCE(*guest_var(vm, var), val)
+
+#define wait_for(cond)							\
+do {									\
+	int __ms;							\
+									\
+	for (__ms = 0; __ms < TIMEOUT_MS && !(cond); __ms++)		\
+		usleep(1000);						\
+	TEST_ASSERT(cond, "after %d ms still not", TIMEOUT_MS);		\
+} while (0)
+
+static u64 now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return timespec_to_ns(ts) / 1000000;
+}
+
+#define assert_at_once(call)						\
+do {									\
+	u64 __start = now_ms();						\
+									\
+	call;								\
+	__start = now_ms() - __start;					\
+	TEST_ASSERT(__start < AT_ONCE_MS, "took %lu ms",		\
+		    (unsigned long)__start);				\
+} while (0)
+
+/*
+ * The vCPUs' threads
+ */
+struct runner {
+	struct kvm_vcpu *vcpu;
+	pthread_t thread;
+	int err;		/* of KVM_RUN, an errno */
+	bool done;		/* the guest said so */
+};
+
+static void on_signal(int sig)
+{
+}
+
+/* Runs the vCPU until the guest is done or userspace is wanted */
+static void *run_vcpu(void *arg)
+{
+	struct runner *r = arg;
+	struct ucall uc;
+
+	for (;;) {
+		if (__vcpu_run(r->vcpu)) {
+			r->err = errno;
+			return NULL;
+		}
+
+		switch (get_ucall(r->vcpu, &uc)) {
+		case UCALL_SYNC:
+			break;
+		case UCALL_DONE:
+			r->done = true;
+			return NULL;
+		case UCALL_ABORT:
+			REPORT_GUEST_ASSERT(uc);
+		default:
+			return NULL;
+		}
+	}
+}
+
+static void start(struct runner *r, struct kvm_vcpu *vcpu)
+{
+	int err;
+
+	r->vcpu = vcpu;
+	r->err = 0;
+	r->done = false;
+	vcpu->run->immediate_exit = 0;
+
+	err = pthread_create(&r->thread, NULL, run_vcpu, r);
+	TEST_ASSERT(!err, "pthread_create: %s", strerror(err));
+}
+
+static void join(struct runner *r)
+{
+	struct timespec ts;
+	int err;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	ts.tv_sec += TIMEOUT_MS / 1000;
+	err = pthread_timedjoin_np(r->thread, NULL, &ts);
+	TEST_ASSERT(!err, "vCPU %u has not left KVM_RUN after %d ms",
+		    r->vcpu->id, TIMEOUT_MS);
+}
+
+static void join_done(struct runner *r)
+{
+	join(r);
+	TEST_ASSERT(r->done,
+		    "vCPU %u: KVM_RUN's errno %d (%s), exit reason %s",
+		    r->vcpu->id, r->err, strerror(r->err),
+		    exit_reason_str(r->vcpu->run->exit_reason));
+}
+
+/* Ends those guests that wait to be told */
+static void stop_guest(struct runner *r)
+{
+	guest_write(r->vcpu->vm, stop, 1);
+	join_done(r);
+}
+
+/* As a device manager does it that wants the vCPU's thread */
+static void interrupt(struct runner *r)
+{
+	WRITE_ONCE(r->vcpu->run->immediate_exit, 1);
+	pthread_kill(r->thread, SIGUSR1);
+	join(r);
+	TEST_ASSERT(!r->done && r->err == EINTR,
+		    "a signal made KVM_RUN return %d (%s)", r->err,
+		    strerror(r->err));
+}
+
+/*
+ * The device manager
+ */
+static int __hook(struct kvm_vm *vm, int fd)
+{
+	struct kvm_introspection_hook hook = { .fd = fd };
+
+	return __vm_ioctl(vm, KVM_INTROSPECTION_HOOK, &hook);
+}
+
+#define assert_ioctl(vm, cmd, arg, err)					\
+do {									\
+	int __ret = __vm_ioctl(vm, cmd, arg);				\
+	int __errno = __ret < 0 ? errno : 0;				\
+									\
+	TEST_ASSERT(__ret <= 0 && __errno == (err),			\
+		    #cmd " returned %d, errno %d (%s), should be %d",	\
+		    __ret, __errno, strerror(__errno), err);		\
+} while (0)
+
+static void hook_fd(struct kvm_vm *vm, int fd)
+{
+	int ret = __hook(vm, fd);
+
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_INTROSPECTION_HOOK, ret));
+}
+
+static void tool_connected(int fd)
+{
+	tool.fd = fd;
+	tool.seq = 0;
+	tool.nr_events = 0;
+}
+
+static void make_sockets(int fds[2])
+{
+	TEST_ASSERT(!socketpair(AF_UNIX, SOCK_STREAM, 0, fds),
+		    "socketpair: %s", strerror(errno));
+}
+
+/* As HOOK leaves it: almost nothing is allowed */
+static void hook_sndbuf(struct kvm_vm *vm, int sndbuf)
+{
+	int fds[2], ret;
+
+	make_sockets(fds);
+	if (sndbuf) {
+		ret = setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &sndbuf,
+				 sizeof(sndbuf));
+		TEST_ASSERT(!ret, "SO_SNDBUF: %s", strerror(errno));
+	}
+	hook_fd(vm, fds[1]);
+	/* KVM has its own reference */
+	close(fds[1]);
+	tool_connected(fds[0]);
+}
+
+static void hook_restricted(struct kvm_vm *vm)
+{
+	hook_sndbuf(vm, 0);
+}
+
+static int __allow(struct kvm_vm *vm, unsigned long cmd, s32 id, u32 allow)
+{
+	struct kvm_introspection_feature feat = { .allow = allow, .id = id };
+
+	return ioctl(vm->fd, cmd, &feat) ? errno : 0;
+}
+
+#define assert_allow(vm, cmd, id, allow, err)				\
+do {									\
+	int __err = __allow(vm, cmd, id, allow);			\
+									\
+	TEST_ASSERT(__err == (err),					\
+		    #cmd " id %d allow %d: errno %d (%s), should be %d",\
+		    (int)(id), (int)(allow), __err, strerror(__err), err); \
+} while (0)
+
+#define allow_command(vm, id, allow) \
+	assert_allow(vm, KVM_INTROSPECTION_COMMAND, id, allow, 0)
+#define allow_event(vm, id, allow) \
+	assert_allow(vm, KVM_INTROSPECTION_EVENT, id, allow, 0)
+
+static void allow_all(struct kvm_vm *vm)
+{
+	allow_command(vm, -1, 1);
+	allow_event(vm, -1, 1);
+}
+
+static void hook(struct kvm_vm *vm)
+{
+	hook_restricted(vm);
+	allow_all(vm);
+}
+
+static void tool_close(void)
+{
+	close(tool.fd);
+	tool.fd = -1;
+}
+
+static void unhook(struct kvm_vm *vm)
+{
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0));
+	if (tool.fd >= 0)
+		tool_close();
+}
+
+/*
+ * The tool
+ */
+static bool readable(int ms)
+{
+	struct pollfd pfd = { .fd = tool.fd, .events = POLLIN };
+	int ret;
+
+	do {
+		ret = poll(&pfd, 1, ms);
+	} while (ret < 0 && errno == EINTR);
+	TEST_ASSERT(ret >= 0, "poll: %s", strerror(errno));
+
+	return ret > 0;
+}
+
+#define assert_quiet() \
+	TEST_ASSERT(!readable(QUIET_MS), "a message (or end) is unexpected")
+
+/* Returns false if the session has been closed */
+static bool receive(void *buf, size_t size)
+{
+	size_t got = 0;
+	ssize_t ret;
+
+	while (got < size) {
+		TEST_ASSERT(readable(TIMEOUT_MS),
+			    "nothing from KVM after %d ms", TIMEOUT_MS);
+		ret = recv(tool.fd, buf + got, size - got, 0);
+		if (!ret || (ret < 0 && errno == ECONNRESET))
+			return false;
+		TEST_ASSERT(ret > 0, "recv: %s", strerror(errno));
+		got += ret;
+	}
+
+	return true;
+}
+
+static bool receive_msg(struct msg *msg)
+{
+	if (!receive(&msg->hdr, sizeof(msg->hdr)))
+		return false;
+	TEST_ASSERT(msg->hdr.size <= sizeof(msg->body),
+		    "message %u has %u bytes", msg->hdr.id, msg->hdr.size);
+	return receive(msg->body, msg->hdr.size);
+}
+
+/* Whatever may still be on its way */
+static void assert_closed(void)
+{
+	static struct msg msg;
+
+	while (receive_msg(&msg))
+		;
+}
+
+static void send_bytes(const void *buf, size_t size)
+{
+	ssize_t ret = send(tool.fd, buf, size, MSG_NOSIGNAL);
+
+	TEST_ASSERT(ret == size, "send: %zd of %zu bytes, %s", ret, size,
+		    strerror(errno));
+}
+
+static void send_msg_seq(u16 id, u32 seq, const void *body, size_t size)
+{
+	static struct msg msg;
+
+	msg.hdr.id = id;
+	msg.hdr.size = size;
+	msg.hdr.seq = seq;
+	if (size)
+		memcpy(msg.body, body, size);
+	send_bytes(&msg, sizeof(msg.hdr) + size);
+}
+
+static u32 send_msg(u16 id, const void *body, size_t size)
+{
+	send_msg_seq(id, ++tool.seq, body, size);
+	return tool.seq;
+}
+
+/* The seqs of commands and events may be the same */
+static bool is_event(const struct msg *msg)
+{
+	return msg->hdr.id == KVMI_VM_EVENT ||
+	       (msg->hdr.id == KVMI_VCPU_EVENT &&
+		msg->hdr.size != sizeof(struct kvmi_error_code));
+}
+
+static void keep_event(const struct msg *msg)
+{
+	size_t size = sizeof(msg->hdr) + msg->hdr.size;
+	struct event *ev = &tool.events[tool.nr_events];
+
+	TEST_ASSERT(tool.nr_events < ARRAY_SIZE(tool.events),
+		    "too many events");
+	TEST_ASSERT(size <= sizeof(*ev), "an event of %zu bytes", size);
+	tool.nr_events++;
+
+	memset(ev, 0, sizeof(*ev));
+	memcpy(ev, msg, size);
+}
+
+/* Returns the error in the reply, and keeps the events that precede it */
+static int get_reply(u16 id, u32 seq, void *rpl, size_t rpl_size)
+{
+	static struct msg msg;
+	const struct kvmi_error_code *ec = (void *)msg.body;
+
+	for (;;) {
+		TEST_ASSERT(receive_msg(&msg),
+			    "closed instead of replying to command %u", id);
+		if (!is_event(&msg))
+			break;
+		keep_event(&msg);
+	}
+
+	TEST_ASSERT(msg.hdr.id == id && msg.hdr.seq == seq,
+		    "the reply is to command %u seq %u, should be %u seq %u",
+		    msg.hdr.id, msg.hdr.seq, id, seq);
+	TEST_ASSERT(msg.hdr.size >= sizeof(*ec), "a reply of %u bytes",
+		    msg.hdr.size);
+	TEST_ASSERT(!ec->padding && ec->err <= 0,
+		    "error code %d with padding %u", ec->err, ec->padding);
+	if (ec->err)
+		rpl_size = 0;
+	TEST_ASSERT(msg.hdr.size == sizeof(*ec) + rpl_size,
+		    "command %u, error %d: a reply of %u bytes, should be %zu",
+		    id, ec->err, msg.hdr.size, sizeof(*ec) + rpl_size);
+	if (rpl_size)
+		memcpy(rpl, ec + 1, rpl_size);
+
+	return ec->err;
+}
+
+static int __command(u16 id, const void *req, size_t size, void *rpl,
+		     size_t rpl_size)
+{
+	return get_reply(id, send_msg(id, req, size), rpl, rpl_size);
+}
+
+#define command(id, req) __command(id, req, sizeof(*(req)), NULL, 0)
+
+static u32 send_vcpu_msg(u16 id, u16 vcpu, const void *req, size_t size)
+{
+	static u8 body[KVMI_MAX_MSG_SIZE];
+	struct kvmi_vcpu_hdr hdr = { .vcpu = vcpu };
+
+	memcpy(body, &hdr, sizeof(hdr));
+	if (size)
+		memcpy(body + sizeof(hdr), req, size);
+	return send_msg(id, body, sizeof(hdr) + size);
+}
+
+static int __vcpu_command(u16 id, u16 vcpu, const void *req, size_t size,
+			  void *rpl, size_t rpl_size)
+{
+	return get_reply(id, send_vcpu_msg(id, vcpu, req, size), rpl, rpl_size);
+}
+
+#define vcpu_command(id, vcpu, req) \
+	__vcpu_command(id, vcpu, req, sizeof(*(req)), NULL, 0)
+
+#define assert_err(call, err)						\
+do {									\
+	int __err = (call);						\
+									\
+	TEST_ASSERT(__err == (err), #call " gives %d, should be %d",	\
+		    __err, err);					\
+} while (0)
+
+static int get_version(void)
+{
+	struct kvmi_get_version_reply rpl;
+
+	return __command(KVMI_GET_VERSION, NULL, 0, &rpl, sizeof(rpl));
+}
+
+static int check_command(u16 id)
+{
+	struct kvmi_vm_check_command req = { .id = id };
+
+	return command(KVMI_VM_CHECK_COMMAND, &req);
+}
+
+static int check_event(u16 id)
+{
+	struct kvmi_vm_check_event req = { .id = id };
+
+	return command(KVMI_VM_CHECK_EVENT, &req);
+}
+
+static int vm_control_event(u16 id, u8 enable)
+{
+	struct kvmi_vm_control_events req = {
+		.event_id = id,
+		.enable = enable,
+	};
+
+	return command(KVMI_VM_CONTROL_EVENTS, &req);
+}
+
+static int read_physical(u64 gpa, size_t size, void *buf)
+{
+	struct kvmi_vm_read_physical req = { .gpa = gpa, .size = size };
+
+	return __command(KVMI_VM_READ_PHYSICAL, &req, sizeof(req), buf, size);
+}
+
+static int write_physical(u64 gpa, size_t size, const void *buf)
+{
+	struct {
+		struct kvmi_vm_write_physical req;
+		u8 data[4096];
+	} msg = { .req = { .gpa = gpa, .size = size } };
+
+	memcpy(msg.data, buf, size);
+	return __command(KVMI_VM_WRITE_PHYSICAL, &msg, sizeof(msg.req) + size,
+			 NULL, 0);
+}
+
+static int pause_vcpu(u16 vcpu, u8 wait)
+{
+	struct kvmi_vm_pause_vcpu req = { .vcpu = vcpu, .wait = wait };
+
+	return command(KVMI_VM_PAUSE_VCPU, &req);
+}
+
+static int control_cleanup(u8 enable)
+{
+	struct kvmi_vm_control_cleanup req = { .enable = enable };
+
+	return command(KVMI_VM_CONTROL_CLEANUP, &req);
+}
+
+static int vcpu_get_info(u16 vcpu)
+{
+	struct kvmi_vcpu_get_info_reply rpl;
+
+	return __vcpu_command(KVMI_VCPU_GET_INFO, vcpu, NULL, 0, &rpl,
+			      sizeof(rpl));
+}
+
+static int control_event(u16 vcpu, u16 id, u8 enable)
+{
+	struct kvmi_vcpu_control_events req = {
+		.event_id = id,
+		.enable = enable,
+	};
+
+	return vcpu_command(KVMI_VCPU_CONTROL_EVENTS, vcpu, &req);
+}
+
+static int enable_bp(u16 vcpu)
+{
+	return control_event(vcpu, KVMI_VCPU_EVENT_BREAKPOINT, 1);
+}
+
+struct registers_request {
+	struct kvmi_vcpu_get_registers req;
+	u32 msrs_idx[MAX_MSRS + 1];
+};
+
+struct registers_reply {
+	struct kvmi_vcpu_get_registers_reply rpl;
+	struct kvm_msr_entry entries[MAX_MSRS + 1];
+};
+
+static u32 send_get_registers(u16 vcpu, unsigned int nmsrs, u32 msr)
+{
+	static struct registers_request req;
+	unsigned int i;
+
+	req.req.nmsrs = nmsrs;
+	for (i = 0; i < nmsrs; i++)
+		req.msrs_idx[i] = msr;
+
+	return send_vcpu_msg(KVMI_VCPU_GET_REGISTERS, vcpu, &req,
+			     sizeof(req.req) + nmsrs * sizeof(u32));
+}
+
+static int get_registers(u16 vcpu, unsigned int nmsrs, u32 msr,
+			 struct registers_reply *rpl)
+{
+	u32 seq = send_get_registers(vcpu, nmsrs, msr);
+
+	return get_reply(KVMI_VCPU_GET_REGISTERS, seq, rpl,
+			 sizeof(rpl->rpl) + nmsrs * sizeof(rpl->entries[0]));
+}
+
+static int set_registers(u16 vcpu, const struct kvm_regs *regs)
+{
+	return vcpu_command(KVMI_VCPU_SET_REGISTERS, vcpu, regs);
+}
+
+static u64 translate_gva(u16 vcpu, u64 gva)
+{
+	struct kvmi_vcpu_translate_gva req = { .gva = gva };
+	struct kvmi_vcpu_translate_gva_reply rpl;
+
+	assert_err(__vcpu_command(KVMI_VCPU_TRANSLATE_GVA, vcpu, &req,
+				  sizeof(req), &rpl, sizeof(rpl)), 0);
+	return rpl.gpa;
+}
+
+static void get_any_event(struct event *ev)
+{
+	static const struct kvmi_event_hdr zero_ev;
+	struct kvmi_event_hdr copy;
+	static struct msg msg;
+	size_t data = 0;
+
+	if (!tool.nr_events) {
+		TEST_ASSERT(receive_msg(&msg), "closed instead of an event");
+		TEST_ASSERT(is_event(&msg), "message %u instead of an event",
+			    msg.hdr.id);
+		keep_event(&msg);
+	}
+	*ev = tool.events[0];
+	tool.nr_events--;
+	memmove(tool.events, tool.events + 1, tool.nr_events * sizeof(*ev));
+
+	copy = ev->ev;
+	copy.event = 0;
+	TEST_ASSERT(!memcmp(&copy, &zero_ev, sizeof(copy)),
+		    "the event's padding isn't zero");
+
+	if (ev->hdr.id == KVMI_VM_EVENT) {
+		TEST_ASSERT_EQ(ev->hdr.size, VM_EVENT_SIZE);
+		return;
+	}
+
+	if (ev->ev.event == KVMI_VCPU_EVENT_BREAKPOINT)
+		data = sizeof(ev->bp);
+	TEST_ASSERT_EQ(ev->hdr.size, VCPU_EVENT_SIZE + data);
+	TEST_ASSERT_EQ(ev->common.size, sizeof(ev->common));
+	TEST_ASSERT_EQ(ev->common.padding, 0);
+}
+
+static void get_event(struct event *ev, u16 id, u16 vcpu)
+{
+	get_any_event(ev);
+	TEST_ASSERT(ev->hdr.id == KVMI_VCPU_EVENT && ev->ev.event == id &&
+		    ev->common.vcpu == vcpu,
+		    "event %u of vCPU %u (message %u), should be %u of %u",
+		    ev->ev.event, ev->common.vcpu, ev->hdr.id, id, vcpu);
+}
+
+struct event_reply {
+	struct kvmi_vcpu_hdr hdr;
+	struct kvmi_vcpu_event_reply rpl;
+	u8 excess[8];
+};
+
+static void make_event_reply(struct event_reply *rpl, const struct event *ev,
+			     u8 action)
+{
+	memset(rpl, 0, sizeof(*rpl));
+	rpl->hdr.vcpu = ev->common.vcpu;
+	rpl->rpl.action = action;
+	rpl->rpl.event = ev->ev.event;
+}
+
+static void send_event_reply(const struct event *ev,
+			     const struct event_reply *rpl)
+{
+	send_msg_seq(KVMI_VCPU_EVENT, ev->hdr.seq, rpl, EVENT_REPLY_SIZE);
+}
+
+static void reply(const struct event *ev, u8 action)
+{
+	struct event_reply rpl;
+
+	make_event_reply(&rpl, ev, action);
+	send_event_reply(ev, &rpl);
+}
+
+#define reply_continue(ev) reply(ev, KVMI_EVENT_ACTION_CONTINUE)
+#define reply_retry(ev) reply(ev, KVMI_EVENT_ACTION_RETRY)
+#define reply_crash(ev) reply(ev, KVMI_EVENT_ACTION_CRASH)
+
+/* The guest does what it does when nobody looks */
+static void assert_guest_runs(struct kvm_vm *vm)
+{
+	u64 before = guest_read(vm, counter);
+
+	wait_for(guest_read(vm, counter) != before);
+}
+
+static void assert_guest_stands(struct kvm_vm *vm)
+{
+	u64 before = guest_read(vm, counter);
+
+	usleep(2000);
+	TEST_ASSERT_EQ(guest_read(vm, counter), before);
+}
+
+static void install_bp_handler(struct kvm_vm *vm)
+{
+	vm_install_exception_handler(vm, BP_VECTOR, guest_on_bp);
+}
+
+/* Starts a guest with an INT3 ahead, up to the event */
+static void start_to_bp(struct runner *r, struct kvm_vcpu *vcpu,
+			struct event *ev)
+{
+	u32 seq;
+
+	install_bp_handler(vcpu->vm);
+	hook(vcpu->vm);
+	seq = send_vcpu_msg(KVMI_VCPU_CONTROL_EVENTS, 0,
+			    &(struct kvmi_vcpu_control_events) {
+				.event_id = KVMI_VCPU_EVENT_BREAKPOINT,
+				.enable = 1,
+			    }, sizeof(struct kvmi_vcpu_control_events));
+	/* Served before the vCPU runs, in a thread that need not exist yet */
+	get_version();
+	start(r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_CONTROL_EVENTS, seq, NULL, 0), 0);
+	get_event(ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+}
+
+static void start_to_pause(struct runner *r, struct kvm_vcpu *vcpu,
+			   struct event *ev)
+{
+	hook(vcpu->vm);
+	start(r, vcpu);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(ev, KVMI_VCPU_EVENT_PAUSE, 0);
+}
+
+static void start_to_rbx(struct runner *r, struct kvm_vcpu *vcpu,
+			 struct event *ev)
+{
+	hook(vcpu->vm);
+	start(r, vcpu);
+	wait_for(guest_read(vcpu->vm, counter));
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(ev->common.arch.regs.rbx, 0);
+}
+
+static void send_read_page(struct kvm_vm *vm)
+{
+	struct kvmi_vm_read_physical req = {
+		.gpa = addr_gva2gpa(vm, (vm_vaddr_t)&counter) & PAGE_MASK,
+		.size = PAGE_SIZE,
+	};
+
+	send_msg(KVMI_VM_READ_PHYSICAL, &req, sizeof(req));
+}
+
+/*
+ * Asks and asks, but doesn't read, until KVM's receive thread is stuck with
+ * its replies.
+ */
+static void jam(struct kvm_vm *vm)
+{
+	struct {
+		struct kvmi_msg_hdr hdr;
+		struct kvmi_vm_read_physical req;
+	} msg = {
+		.hdr.id = KVMI_VM_READ_PHYSICAL,
+		.hdr.size = sizeof(msg.req),
+		.req.gpa = addr_gva2gpa(vm, (vm_vaddr_t)&counter) & PAGE_MASK,
+		.req.size = PAGE_SIZE,
+	};
+	int full = 0, i;
+	ssize_t ret;
+
+	for (i = 0; full < 10; i++) {
+		TEST_ASSERT(i < 20000, "the socket never fills up");
+		ret = send(tool.fd, &msg, sizeof(msg),
+			   MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (ret == sizeof(msg)) {
+			full = 0;
+			continue;
+		}
+		TEST_ASSERT(ret < 0 && errno == EAGAIN, "send: %zd, %s", ret,
+			    strerror(errno));
+		full++;
+		usleep(5000);
+	}
+}
+
+/* Waits until the vCPU's thread is stuck with its replies */
+static void wait_stuck(void)
+{
+	int bytes = 0, before = -1, same = 0, ms;
+
+	for (ms = 0; same < 10; ms += 5) {
+		TEST_ASSERT(ms < TIMEOUT_MS, "the socket never fills up");
+		TEST_ASSERT(!ioctl(tool.fd, FIONREAD, &bytes), "FIONREAD: %s",
+			    strerror(errno));
+		same = bytes && bytes == before ? same + 1 : 0;
+		before = bytes;
+		usleep(5000);
+	}
+}
+
+/*
+ * The cases
+ */
+static bool introspection_on(void)
+{
+	return get_kvm_param_bool("introspection");
+}
+
+FIXTURE(kvmi) {
+	struct kvm_vcpu *vcpu;
+};
+
+FIXTURE_SETUP(kvmi)
+{
+	if (!introspection_on())
+		SKIP(return, "kvm.introspection is off");
+	(void)vm_create_with_one_vcpu(&self->vcpu, NULL);
+}
+
+FIXTURE_TEARDOWN(kvmi)
+{
+	kvm_vm_free(self->vcpu->vm);
+}
+
+static struct kvm_vcpu *add_vcpu(struct kvm_vcpu *vcpu, void *guest_code)
+{
+	return vm_vcpu_add(vcpu->vm, 1, guest_code);
+}
+
+/* HOOK, UNHOOK */
+
+KVM_ONE_VCPU_TEST(kvmi, capability, guest_count)
+{
+	TEST_ASSERT_EQ(kvm_check_cap(KVM_CAP_INTROSPECTION), KVMI_VERSION);
+	TEST_ASSERT_EQ(vm_check_cap(vcpu->vm, KVM_CAP_INTROSPECTION),
+		       KVMI_VERSION);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_unhook, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	/* Not hooked: nothing to do */
+	assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+
+	hook_restricted(vm);
+	assert_err(get_version(), 0);
+	assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+	assert_closed();
+	tool_close();
+	assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+
+	/* Again, at once */
+	hook_restricted(vm);
+	assert_err(get_version(), 0);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_error_efault, guest_count)
+{
+	int ret = ioctl(vcpu->vm->fd, KVM_INTROSPECTION_HOOK, NULL);
+
+	TEST_ASSERT(ret < 0 && errno == EFAULT, "HOOK: %d, errno %d", ret,
+		    errno);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_error_padding, guest_count)
+{
+	struct kvm_introspection_hook hook = { .fd = -1, .padding = 1 };
+
+	assert_ioctl(vcpu->vm, KVM_INTROSPECTION_HOOK, &hook, EINVAL);
+
+	/* Tested before the VM's state */
+	hook_restricted(vcpu->vm);
+	assert_ioctl(vcpu->vm, KVM_INTROSPECTION_HOOK, &hook, EINVAL);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_error_fd, guest_count)
+{
+	struct kvm_introspection_hook hook = { .fd = -1 };
+	struct kvm_vm *vm = vcpu->vm;
+	int fds[2];
+
+	assert_ioctl(vm, KVM_INTROSPECTION_HOOK, &hook, EINVAL);
+
+	hook.fd = vm->fd;
+	assert_ioctl(vm, KVM_INTROSPECTION_HOOK, &hook, EINVAL);
+
+	/* Messages are read in pieces */
+	TEST_ASSERT(!socketpair(AF_UNIX, SOCK_DGRAM, 0, fds), "socketpair");
+	hook.fd = fds[0];
+	assert_ioctl(vm, KVM_INTROSPECTION_HOOK, &hook, EINVAL);
+	close(fds[0]);
+	close(fds[1]);
+
+	/* None of it has left a trace */
+	hook_restricted(vm);
+	assert_err(get_version(), 0);
+	assert_ioctl(vm, KVM_INTROSPECTION_HOOK, &hook, EEXIST);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_error_eexist, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	int fds[2];
+
+	make_sockets(fds);
+	hook_restricted(vm);
+	TEST_ASSERT(__hook(vm, fds[0]) && errno == EEXIST, "errno %d", errno);
+	assert_err(get_version(), 0);
+
+	/* The tool has gone, which is not UNHOOK */
+	tool_close();
+	usleep(QUIET_MS * 1000);
+	TEST_ASSERT(__hook(vm, fds[0]) && errno == EEXIST, "errno %d", errno);
+
+	unhook(vm);
+	hook_fd(vm, fds[0]);
+	tool_connected(fds[1]);
+	assert_err(get_version(), 0);
+	unhook(vm);
+	close(fds[0]);
+}
+
+/* A socket without a peer: a session that ends at once */
+KVM_ONE_VCPU_TEST(kvmi, hook_unconnected, guest_count)
+{
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook_fd(vm, fd);
+	allow_all(vm);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	unhook(vm);
+	stop_guest(&r);
+	close(fd);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, hook_again_while_running, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	int i;
+
+	start(&r, vcpu);
+	for (i = 0; i < 60; i++) {
+		hook(vm);
+		switch (i % 4) {
+		case 0:
+			break;
+		case 1:
+			assert_err(vcpu_get_info(0), 0);
+			break;
+		case 2:
+			assert_err(pause_vcpu(0, 0), 0);
+			get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+			TEST_ASSERT_EQ(ev.hdr.seq, 1);
+			break;
+		case 3:
+			/* The reply is lost */
+			send_get_registers(0, 0, 0);
+			break;
+		}
+		unhook(vm);
+	}
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+/* What one session leaves undone must not appear in the next */
+KVM_ONE_VCPU_TEST(kvmi, hook_starts_afresh, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev, new_ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	interrupt(&r);
+
+	/* Neither answered nor served */
+	assert_err(pause_vcpu(0, 0), 0);
+	send_get_registers(0, 0, 0);
+	unhook(vm);
+
+	hook_restricted(vm);
+	assert_err(check_command(KVMI_VM_GET_INFO), -KVM_EPERM);
+	assert_err(check_event(KVMI_VCPU_EVENT_PAUSE), -KVM_EPERM);
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	allow_all(vm);
+
+	start(&r, vcpu);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	assert_quiet();
+
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&new_ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(new_ev.hdr.seq, 1);
+	reply_continue(&new_ev);
+
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_jammed_receiver, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	jam(vm);
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, 0));
+	assert_guest_runs(vm);
+	unhook(vm);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_jammed_vcpu, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	assert_guest_stands(vm);
+	unhook(vm);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_open_pause, guest_count)
+{
+	struct runner r;
+	struct event ev;
+
+	start_to_pause(&r, vcpu, &ev);
+	assert_guest_stands(vcpu->vm);
+	unhook(vcpu->vm);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_destroyed_vm, guest_count)
+{
+	struct kvm_vcpu *other;
+	struct kvm_vm *vm;
+	struct runner r;
+	struct event ev;
+
+	vm = vm_create_with_one_vcpu(&other, guest_count);
+	hook(vm);
+	kvm_vm_free(vm);
+	assert_closed();
+	tool_close();
+
+	/* With an event and messages open */
+	vm = vm_create_with_one_vcpu(&other, guest_count);
+	start_to_pause(&r, other, &ev);
+	interrupt(&r);
+	assert_err(pause_vcpu(0, 0), 0);
+	send_get_registers(0, 0, 0);
+	get_version();
+	kvm_vm_free(vm);
+	assert_closed();
+	tool_close();
+}
+
+/* The device manager is killed, and its thread waits for the tool */
+static void test_killed(bool jammed)
+{
+	int fds[2], sync[2], status, i;
+	struct kvm_vcpu *vcpu;
+	struct event ev;
+	pid_t pid, ret;
+	char c = 0;
+
+	make_sockets(fds);
+	make_sockets(sync);
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+	if (!pid) {
+		vm_create_with_one_vcpu(&vcpu, guest_count);
+		hook_fd(vcpu->vm, fds[1]);
+		allow_all(vcpu->vm);
+		close(fds[0]);
+		close(fds[1]);
+		alarm(2 * TIMEOUT_MS / 1000);
+		if (write(sync[1], &c, 1) == 1)
+			__vcpu_run(vcpu);
+		_exit(1);
+	}
+
+	close(fds[1]);
+	close(sync[1]);
+	TEST_ASSERT_EQ(read(sync[0], &c, 1), 1);
+	tool_connected(fds[0]);
+	if (jammed) {
+		for (i = 0; i < MAX_JOBS; i++)
+			send_get_registers(0, MAX_MSRS, MSR_EFER);
+		wait_stuck();
+	} else {
+		assert_err(pause_vcpu(0, 0), 0);
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	}
+
+	kill(pid, SIGKILL);
+	for (i = 0; i < TIMEOUT_MS; i++) {
+		ret = waitpid(pid, &status, WNOHANG);
+		if (ret == pid)
+			break;
+		usleep(1000);
+	}
+	TEST_ASSERT(ret == pid, "SIGKILL, and alive after %d ms", TIMEOUT_MS);
+	assert_closed();
+	tool_close();
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_killed_waiting, guest_count)
+{
+	test_killed(false);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unhook_killed_sending, guest_count)
+{
+	test_killed(true);
+}
+
+/* Events, replies and cuts at any moment */
+KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_break);
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r[2];
+	struct event ev;
+	int i, j;
+
+	install_bp_handler(vm);
+	start(&r[0], vcpu);
+	start(&r[1], vcpu1);
+	for (i = 0; i < 40; i++) {
+		hook(vm);
+		assert_err(enable_bp(0), 0);
+		assert_err(enable_bp(1), 0);
+		for (j = 0; j < i % 5; j++) {
+			get_any_event(&ev);
+			reply_continue(&ev);
+		}
+		if (i % 3 == 1)
+			assert_err(pause_vcpu(i & 1, 1), 0);
+		if (i % 3 == 2)
+			tool_close();
+		unhook(vm);
+	}
+	assert_guest_runs(vm);
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+}
+
+/* PREUNHOOK and its event */
+
+KVM_ONE_VCPU_TEST(kvmi, preunhook_errors, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, EFAULT);
+
+	hook(vm);
+	/* Not asked for */
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 0), 0);
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	assert_quiet();
+
+	/* Asked for, but the tool has gone */
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	tool_close();
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	unhook(vm);
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, EFAULT);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_unhook, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	int i;
+
+	hook(vm);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	for (i = 1; i <= 2; i++) {
+		assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, 0);
+		get_any_event(&ev);
+		TEST_ASSERT_EQ(ev.hdr.id, KVMI_VM_EVENT);
+		TEST_ASSERT_EQ(ev.ev.event, KVMI_VM_EVENT_UNHOOK);
+		TEST_ASSERT_EQ(ev.hdr.seq, i);
+	}
+	/* The tool can still do whatever it has to */
+	assert_err(get_version(), 0);
+	unhook(vm);
+}
+
+/* What is allowed is only asked when the event is enabled */
+KVM_ONE_VCPU_TEST(kvmi, event_unhook_disallowed_late, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+
+	hook(vm);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	allow_event(vm, KVMI_VM_EVENT_UNHOOK, 0);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 0), -KVM_EPERM);
+	assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, 0);
+	get_any_event(&ev);
+	TEST_ASSERT_EQ(ev.hdr.id, KVMI_VM_EVENT);
+	unhook(vm);
+}
+
+/* Never waits for the tool; the event comes when the tool reads again */
+KVM_ONE_VCPU_TEST(kvmi, preunhook_jammed, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static struct msg msg;
+
+	hook(vm);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	jam(vm);
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, 0));
+	do {
+		TEST_ASSERT(receive_msg(&msg), "closed instead of the event");
+	} while (msg.hdr.id != KVMI_VM_EVENT);
+	unhook(vm);
+}
+
+/* COMMAND, EVENT */
+
+static void test_allow_errors(struct kvm_vm *vm, unsigned long cmd, int max_id)
+{
+	int ret = ioctl(vm->fd, cmd, NULL);
+
+	TEST_ASSERT(ret < 0 && errno == EFAULT, "%d, errno %d", ret, errno);
+	assert_allow(vm, cmd, -2, 1, EINVAL);
+	assert_allow(vm, cmd, max_id + 1, 1, EINVAL);
+	assert_allow(vm, cmd, INT_MAX, 1, EINVAL);
+	assert_allow(vm, cmd, INT_MIN, 1, EINVAL);
+	assert_allow(vm, cmd, -1, 2, EINVAL);
+	assert_allow(vm, cmd, 2, -1, EINVAL);
+	/* Tested after the arguments */
+	assert_allow(vm, cmd, -1, 1, EFAULT);
+	assert_allow(vm, cmd, max_id, 0, EFAULT);
+
+	hook_restricted(vm);
+	assert_allow(vm, cmd, -2, 1, EINVAL);
+	assert_allow(vm, cmd, max_id + 1, 1, EINVAL);
+	assert_allow(vm, cmd, -1, 2, EINVAL);
+	assert_allow(vm, cmd, max_id, 1, 0);
+	assert_allow(vm, cmd, -1, 0, 0);
+	/* Also without a tool */
+	tool_close();
+	usleep(QUIET_MS * 1000);
+	assert_allow(vm, cmd, -1, 1, 0);
+	unhook(vm);
+	assert_allow(vm, cmd, -1, 1, EFAULT);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, command_errors, guest_count)
+{
+	int i;
+
+	test_allow_errors(vcpu->vm, KVM_INTROSPECTION_COMMAND,
+			  KVMI_NEXT_VCPU_MESSAGE - 1);
+
+	hook_restricted(vcpu->vm);
+	for (i = 0; i < ARRAY_SIZE(free_commands); i++) {
+		assert_allow(vcpu->vm, KVM_INTROSPECTION_COMMAND,
+			     free_commands[i], 0, EPERM);
+		assert_err(check_command(free_commands[i]), 0);
+	}
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_errors, guest_count)
+{
+	test_allow_errors(vcpu->vm, KVM_INTROSPECTION_EVENT,
+			  KVMI_NEXT_VCPU_EVENT - 1);
+}
+
+static void assert_allowed_commands(const u16 *ids, size_t nr, int err)
+{
+	int i;
+
+	for (i = 0; i < nr; i++)
+		assert_err(check_command(ids[i]), err);
+}
+
+static void assert_commands(int err)
+{
+	assert_allowed_commands(vm_commands, ARRAY_SIZE(vm_commands), err);
+	assert_allowed_commands(vcpu_commands, ARRAY_SIZE(vcpu_commands), err);
+	assert_allowed_commands(free_commands, ARRAY_SIZE(free_commands), 0);
+}
+
+/* By default the tool may only ask what it may do */
+KVM_ONE_VCPU_TEST(kvmi, command_allow, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	int i;
+
+	hook_restricted(vm);
+	assert_commands(-KVM_EPERM);
+	/* Refused whatever they contain */
+	for (i = 0; i < ARRAY_SIZE(vm_commands); i++)
+		assert_err(__command(vm_commands[i], NULL, 0, NULL, 0),
+			   -KVM_EPERM);
+	for (i = 0; i < ARRAY_SIZE(vcpu_commands); i++)
+		assert_err(__command(vcpu_commands[i], NULL, 0, NULL, 0),
+			   -KVM_EPERM);
+
+	for (i = 0; i < ARRAY_SIZE(vm_commands); i++) {
+		allow_command(vm, vm_commands[i], 1);
+		assert_err(check_command(vm_commands[i]), 0);
+		allow_command(vm, vm_commands[i], 0);
+		assert_err(check_command(vm_commands[i]), -KVM_EPERM);
+	}
+
+	allow_command(vm, -1, 1);
+	assert_commands(0);
+	allow_command(vm, -1, 0);
+	assert_commands(-KVM_EPERM);
+	unhook(vm);
+}
+
+static void assert_events(int err)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(known_events); i++)
+		assert_err(check_event(known_events[i]), err);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_allow, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	int i;
+
+	hook_restricted(vm);
+	allow_command(vm, -1, 1);
+	assert_events(-KVM_EPERM);
+	for (i = 0; i < ARRAY_SIZE(known_events); i++) {
+		allow_event(vm, known_events[i], 1);
+		assert_err(check_event(known_events[i]), 0);
+		allow_event(vm, known_events[i], 0);
+		assert_err(check_event(known_events[i]), -KVM_EPERM);
+	}
+	allow_event(vm, -1, 1);
+	assert_events(0);
+	allow_event(vm, -1, 0);
+	assert_events(-KVM_EPERM);
+	unhook(vm);
+}
+
+/* Messages as such */
+
+KVM_ONE_VCPU_TEST(kvmi, message_unknown, guest_count)
+{
+	const struct kvmi_error_code *ec;
+	static struct msg msg;
+	int i;
+
+	hook_restricted(vcpu->vm);
+	/* An event's id, sent the wrong way; get_reply() would keep it */
+	send_msg(KVMI_VM_EVENT, NULL, 0);
+	TEST_ASSERT(receive_msg(&msg), "closed");
+	TEST_ASSERT_EQ(msg.hdr.id, KVMI_VM_EVENT);
+	TEST_ASSERT_EQ(msg.hdr.seq, tool.seq);
+	TEST_ASSERT_EQ(msg.hdr.size, sizeof(*ec));
+	ec = (void *)msg.body;
+	TEST_ASSERT_EQ(ec->err, -KVM_ENOSYS);
+
+	for (i = 0; i < ARRAY_SIZE(unknown_commands); i++)
+		assert_err(__command(unknown_commands[i], NULL, 0, NULL, 0),
+			   -KVM_ENOSYS);
+	allow_all(vcpu->vm);
+	for (i = 0; i < ARRAY_SIZE(unknown_commands); i++)
+		assert_err(__command(unknown_commands[i], NULL, 0, NULL, 0),
+			   -KVM_ENOSYS);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, message_too_short, guest_count)
+{
+	static const u16 sized[] = {
+		KVMI_VM_CHECK_COMMAND, KVMI_VM_CHECK_EVENT,
+		KVMI_VM_CONTROL_EVENTS, KVMI_VM_READ_PHYSICAL,
+		KVMI_VM_WRITE_PHYSICAL, KVMI_VM_PAUSE_VCPU,
+		KVMI_VM_CONTROL_CLEANUP
+	};
+	static const u8 zeroes[16];
+	struct runner r;
+	int i;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	for (i = 0; i < ARRAY_SIZE(sized); i++) {
+		assert_err(__command(sized[i], NULL, 0, NULL, 0), -KVM_EINVAL);
+		assert_err(__command(sized[i], zeroes, 7, NULL, 0),
+			   -KVM_EINVAL);
+	}
+	/* Without, and with a part of, a vCPU header */
+	for (i = 0; i < ARRAY_SIZE(vcpu_commands); i++) {
+		assert_err(__command(vcpu_commands[i], NULL, 0, NULL, 0),
+			   -KVM_EINVAL);
+		assert_err(__command(vcpu_commands[i], zeroes, 7, NULL, 0),
+			   -KVM_EINVAL);
+		if (vcpu_commands[i] == KVMI_VCPU_GET_INFO)
+			continue;
+		assert_err(__command(vcpu_commands[i], zeroes, 8, NULL, 0),
+			   -KVM_EINVAL);
+		assert_err(__command(vcpu_commands[i], zeroes, 15, NULL, 0),
+			   -KVM_EINVAL);
+	}
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* Room for later versions */
+KVM_ONE_VCPU_TEST(kvmi, message_longest, guest_count)
+{
+	static u8 body[KVMI_MAX_MSG_SIZE];
+	struct kvmi_get_version_reply rpl;
+
+	TEST_ASSERT_EQ(KVMI_MAX_MSG_SIZE, 8184);
+	hook_restricted(vcpu->vm);
+	memset(body, 0xff, sizeof(body));
+	assert_err(__command(KVMI_GET_VERSION, body, sizeof(body), &rpl,
+			     sizeof(rpl)), 0);
+	assert_err(get_version(), 0);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, message_oversize_closes, guest_count)
+{
+	struct kvmi_msg_hdr hdr = {
+		.id = KVMI_GET_VERSION,
+		.size = KVMI_MAX_MSG_SIZE + 1,
+	};
+
+	hook(vcpu->vm);
+	send_bytes(&hdr, sizeof(hdr));
+	assert_closed();
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, message_in_pieces, guest_count)
+{
+	struct kvmi_vm_check_command req = { .id = KVMI_GET_VERSION };
+	struct kvmi_msg_hdr hdr = {
+		.id = KVMI_VM_CHECK_COMMAND,
+		.size = sizeof(req),
+		.seq = 0xfffffff0,
+	};
+	u8 bytes[sizeof(hdr) + sizeof(req)];
+	int i;
+
+	hook(vcpu->vm);
+	memcpy(bytes, &hdr, sizeof(hdr));
+	memcpy(bytes + sizeof(hdr), &req, sizeof(req));
+	for (i = 0; i < sizeof(bytes); i++) {
+		send_bytes(&bytes[i], 1);
+		usleep(500);
+	}
+	assert_err(get_reply(hdr.id, hdr.seq, NULL, 0), 0);
+
+	/* An end in the middle */
+	send_bytes(bytes, sizeof(bytes) - 1);
+	shutdown(tool.fd, SHUT_WR);
+	assert_closed();
+	unhook(vcpu->vm);
+}
+
+/* Three threads send at once, through a socket that takes little at a time */
+KVM_ONE_VCPU_TEST(kvmi, message_not_torn, guest_count)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_count);
+	int i, n = 12, got[3] = {};
+	struct kvm_vm *vm = vcpu->vm;
+	static struct msg msg;
+	struct runner r[2];
+	size_t size;
+
+	hook_sndbuf(vm, 1);
+	allow_all(vm);
+	for (i = 0; i < n; i++) {
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+		send_get_registers(1, MAX_MSRS, MSR_EFER);
+	}
+	for (i = 0; i < n; i++)
+		send_read_page(vm);
+	start(&r[0], vcpu);
+	start(&r[1], vcpu1);
+
+	for (i = 0; i < 3 * n; i++) {
+		TEST_ASSERT(receive_msg(&msg), "closed");
+		size = sizeof(struct kvmi_error_code);
+		if (msg.hdr.id == KVMI_VM_READ_PHYSICAL) {
+			size += PAGE_SIZE;
+			TEST_ASSERT_EQ(msg.hdr.seq, 2 * n + ++got[2]);
+		} else {
+			TEST_ASSERT_EQ(msg.hdr.id, KVMI_VCPU_GET_REGISTERS);
+			size += sizeof(struct kvmi_vcpu_get_registers_reply) +
+				MAX_MSRS * sizeof(struct kvm_msr_entry);
+			/* In order, for each of them */
+			if (msg.hdr.seq & 1)
+				TEST_ASSERT_EQ(msg.hdr.seq, 2 * got[0]++ + 1);
+			else
+				TEST_ASSERT_EQ(msg.hdr.seq, 2 * ++got[1]);
+		}
+		TEST_ASSERT_EQ(msg.hdr.size, size);
+	}
+	assert_quiet();
+
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+	unhook(vm);
+}
+
+/* GET_VERSION, CHECK_COMMAND, CHECK_EVENT, GET_INFO */
+
+KVM_ONE_VCPU_TEST(kvmi, get_version, guest_count)
+{
+	struct kvmi_get_version_reply rpl;
+	u8 zeroes[sizeof(rpl.features.padding)] = {};
+
+	hook_restricted(vcpu->vm);
+	assert_err(__command(KVMI_GET_VERSION, NULL, 0, &rpl, sizeof(rpl)), 0);
+	TEST_ASSERT_EQ(rpl.version, KVMI_VERSION);
+	TEST_ASSERT_EQ(rpl.max_msg_size, KVMI_MAX_MSG_SIZE);
+	TEST_ASSERT(rpl.features.singlestep <= 1, "singlestep is %u",
+		    rpl.features.singlestep);
+	TEST_ASSERT(!memcmp(rpl.features.padding, zeroes, sizeof(zeroes)),
+		    "the features' padding isn't zero");
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_check_command, guest_count)
+{
+	struct kvmi_vm_check_command req = { .id = KVMI_GET_VERSION };
+	int i;
+
+	hook_restricted(vcpu->vm);
+	assert_err(command(KVMI_VM_CHECK_COMMAND, &req), 0);
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_CHECK_COMMAND, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(command(KVMI_VM_CHECK_COMMAND, &req), -KVM_EINVAL);
+
+	allow_all(vcpu->vm);
+	for (i = 0; i < ARRAY_SIZE(unknown_commands); i++)
+		assert_err(check_command(unknown_commands[i]), -KVM_ENOENT);
+	/* The events' own ids are not commands */
+	assert_err(check_command(KVMI_VM_EVENT), -KVM_ENOENT);
+	assert_err(check_command(KVMI_VCPU_EVENT), -KVM_ENOENT);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_check_event, guest_count)
+{
+	static const u16 unknown[] = { 2, 4, 6, KVMI_NEXT_VCPU_EVENT + 41,
+				       0xfffe, 0xffff };
+	struct kvmi_vm_check_event req = { .id = KVMI_VCPU_EVENT_PAUSE };
+	int i;
+
+	hook(vcpu->vm);
+	assert_err(command(KVMI_VM_CHECK_EVENT, &req), 0);
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_CHECK_EVENT, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(command(KVMI_VM_CHECK_EVENT, &req), -KVM_EINVAL);
+	for (i = 0; i < ARRAY_SIZE(unknown); i++)
+		assert_err(check_event(unknown[i]), -KVM_ENOENT);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_get_info, guest_count)
+{
+	struct kvmi_vm_get_info_reply rpl;
+
+	hook(vcpu->vm);
+	memset(&rpl, 0xff, sizeof(rpl));
+	assert_err(__command(KVMI_VM_GET_INFO, NULL, 0, &rpl, sizeof(rpl)), 0);
+	TEST_ASSERT_EQ(rpl.vcpu_count, 1);
+	TEST_ASSERT(!rpl.padding[0] && !rpl.padding[1] && !rpl.padding[2],
+		    "the padding isn't zero");
+	add_vcpu(vcpu, guest_count);
+	assert_err(__command(KVMI_VM_GET_INFO, NULL, 0, &rpl, sizeof(rpl)), 0);
+	TEST_ASSERT_EQ(rpl.vcpu_count, 2);
+	unhook(vcpu->vm);
+}
+
+/* VM_CONTROL_EVENTS; what it does is in event_unhook and preunhook_errors */
+
+KVM_ONE_VCPU_TEST(kvmi, vm_control_events_errors, guest_count)
+{
+	struct kvmi_vm_control_events req = { .enable = 1 };
+
+	hook(vcpu->vm);
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_CONTROL_EVENTS, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(command(KVMI_VM_CONTROL_EVENTS, &req), -KVM_EINVAL);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 2), -KVM_EINVAL);
+	assert_err(vm_control_event(2, 1), -KVM_EINVAL);
+	assert_err(vm_control_event(KVMI_VCPU_EVENT_PAUSE, 1), -KVM_EINVAL);
+	assert_err(vm_control_event(0xffff, 1), -KVM_EINVAL);
+
+	allow_event(vcpu->vm, KVMI_VM_EVENT_UNHOOK, 0);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), -KVM_EPERM);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 2), -KVM_EINVAL);
+	assert_ioctl(vcpu->vm, KVM_INTROSPECTION_PREUNHOOK, NULL, ENOENT);
+	unhook(vcpu->vm);
+}
+
+/* VM_READ_PHYSICAL, VM_WRITE_PHYSICAL */
+
+static u8 *add_extra_memory(struct kvm_vm *vm, u32 flags)
+{
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 1, flags);
+	return addr_gpa2hva(vm, EXTRA_GPA);
+}
+
+static void fill(u8 *buf)
+{
+	int i;
+
+	for (i = 0; i < PAGE_SIZE; i++)
+		buf[i] = i * 7 + 1;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_read_physical, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 *mem = add_extra_memory(vm, 0);
+	u8 buf[PAGE_SIZE];
+
+	hook(vm);
+	/* Not touched yet */
+	assert_err(read_physical(EXTRA_GPA, 1, buf), 0);
+	TEST_ASSERT_EQ(buf[0], 0);
+	fill(mem);
+	assert_err(read_physical(EXTRA_GPA, PAGE_SIZE, buf), 0);
+	TEST_ASSERT(!memcmp(mem, buf, PAGE_SIZE), "the page differs");
+	assert_err(read_physical(EXTRA_GPA + PAGE_SIZE - 3, 3, buf), 0);
+	TEST_ASSERT(!memcmp(mem + PAGE_SIZE - 3, buf, 3), "its end differs");
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_read_physical_errors, guest_count)
+{
+	struct kvmi_vm_read_physical req = { .gpa = EXTRA_GPA, .size = 1 };
+	struct kvm_vm *vm = vcpu->vm;
+	u8 buf[PAGE_SIZE];
+
+	add_extra_memory(vm, 0);
+	hook(vm);
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_READ_PHYSICAL, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(command(KVMI_VM_READ_PHYSICAL, &req), -KVM_EINVAL);
+	assert_err(read_physical(EXTRA_GPA, 0, buf), -KVM_EINVAL);
+	assert_err(read_physical(EXTRA_GPA + 1, PAGE_SIZE, buf), -KVM_EINVAL);
+	assert_err(read_physical(EXTRA_GPA + PAGE_SIZE - 1, 2, buf),
+		   -KVM_EINVAL);
+	assert_err(read_physical(EXTRA_GPA, 0xffff, buf), -KVM_EINVAL);
+	assert_err(read_physical(EXTRA_GPA + PAGE_SIZE, 1, buf), -KVM_ENOENT);
+	assert_err(read_physical(UNMAPPED_GPA, 1, buf), -KVM_ENOENT);
+	assert_err(read_physical(-1ull, 1, buf), -KVM_ENOENT);
+	assert_err(get_version(), 0);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_write_physical, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 *mem = add_extra_memory(vm, 0);
+	u8 buf[PAGE_SIZE];
+
+	hook(vm);
+	fill(buf);
+	assert_err(write_physical(EXTRA_GPA, PAGE_SIZE, buf), 0);
+	TEST_ASSERT(!memcmp(mem, buf, PAGE_SIZE), "the page differs");
+	buf[0] = 0xcc;
+	assert_err(write_physical(EXTRA_GPA + PAGE_SIZE - 1, 1, buf), 0);
+	TEST_ASSERT_EQ(mem[PAGE_SIZE - 1], 0xcc);
+	TEST_ASSERT_EQ(mem[PAGE_SIZE - 2], buf[PAGE_SIZE - 2]);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_write_physical_errors, guest_count)
+{
+	struct {
+		struct kvmi_vm_write_physical req;
+		u8 data[2];
+	} req = { .req = { .gpa = EXTRA_GPA, .size = 2 }, .data = { 1, 2 } };
+	struct kvm_vm *vm = vcpu->vm;
+	u8 *mem = add_extra_memory(vm, 0);
+	u8 buf[PAGE_SIZE];
+
+	hook(vm);
+	req.req.padding1 = 1;
+	assert_err(command(KVMI_VM_WRITE_PHYSICAL, &req), -KVM_EINVAL);
+	req.req.padding1 = 0;
+	req.req.padding2 = 1;
+	assert_err(command(KVMI_VM_WRITE_PHYSICAL, &req), -KVM_EINVAL);
+
+	fill(buf);
+	assert_err(write_physical(EXTRA_GPA, 0, buf), -KVM_EINVAL);
+	assert_err(write_physical(EXTRA_GPA + 1, PAGE_SIZE, buf), -KVM_EINVAL);
+	assert_err(write_physical(EXTRA_GPA + PAGE_SIZE - 1, 2, buf),
+		   -KVM_EINVAL);
+	assert_err(write_physical(EXTRA_GPA + PAGE_SIZE, 1, buf), -KVM_ENOENT);
+	assert_err(write_physical(UNMAPPED_GPA, 1, buf), -KVM_ENOENT);
+	assert_err(write_physical(-1ull, 1, buf), -KVM_ENOENT);
+
+	/* Less data than it says */
+	req.req.padding2 = 0;
+	assert_err(__command(KVMI_VM_WRITE_PHYSICAL, &req,
+			     sizeof(req.req) + 1, NULL, 0), -KVM_EINVAL);
+	TEST_ASSERT(!mem[0] && !mem[1] && !mem[PAGE_SIZE - 1],
+		    "an error, and yet something has been written");
+	unhook(vm);
+}
+
+/* What the guest may read the tool may read, and not more than that */
+KVM_ONE_VCPU_TEST(kvmi, vm_write_physical_read_only, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 *mem = add_extra_memory(vm, KVM_MEM_READONLY);
+	u8 byte;
+
+	*mem = 0x5a;
+	hook(vm);
+	assert_err(read_physical(EXTRA_GPA, 1, &byte), 0);
+	TEST_ASSERT_EQ(byte, 0x5a);
+	assert_err(write_physical(EXTRA_GPA, 1, "x"), -KVM_ENOENT);
+	TEST_ASSERT_EQ(*mem, 0x5a);
+	unhook(vm);
+}
+
+/* Or a migration would lose it */
+KVM_ONE_VCPU_TEST(kvmi, vm_write_physical_dirty_log, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 log = 0;
+
+	add_extra_memory(vm, KVM_MEM_LOG_DIRTY_PAGES);
+	hook(vm);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &log);
+	TEST_ASSERT_EQ(log, 0);
+	assert_err(write_physical(EXTRA_GPA, 1, "x"), 0);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &log);
+	TEST_ASSERT_EQ(log, 1);
+	unhook(vm);
+}
+
+/* VM_PAUSE_VCPU and its event */
+
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_errors, guest_count)
+{
+	struct kvmi_vm_pause_vcpu req = {};
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_PAUSE_VCPU, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(command(KVMI_VM_PAUSE_VCPU, &req), -KVM_EINVAL);
+	assert_err(pause_vcpu(0, 2), -KVM_EINVAL);
+	assert_err(pause_vcpu(1, 0), -KVM_EINVAL);
+	assert_err(pause_vcpu(0xffff, 1), -KVM_EINVAL);
+
+	allow_event(vcpu->vm, KVMI_VCPU_EVENT_PAUSE, 0);
+	assert_err(pause_vcpu(0, 0), -KVM_EPERM);
+	assert_err(pause_vcpu(1, 0), -KVM_EPERM);
+	assert_err(pause_vcpu(0, 2), -KVM_EINVAL);
+	assert_quiet();
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_pause, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static struct registers_reply regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	TEST_ASSERT_EQ(ev.hdr.seq, 1);
+	assert_guest_stands(vm);
+
+	/* The state of the vCPU, the same both ways */
+	TEST_ASSERT_EQ(ev.common.arch.mode, 8);
+	assert_err(get_registers(0, 1, MSR_STAR, &regs), 0);
+	TEST_ASSERT_EQ(regs.rpl.mode, 8);
+	TEST_ASSERT(!memcmp(&ev.common.arch.regs, &regs.rpl.regs,
+			    sizeof(regs.rpl.regs)), "the registers differ");
+	TEST_ASSERT(!memcmp(&ev.common.arch.sregs, &regs.rpl.sregs,
+			    sizeof(regs.rpl.sregs)), "the sregs differ");
+	TEST_ASSERT_EQ(ev.common.arch.msrs.efer, regs.rpl.sregs.efer);
+	TEST_ASSERT_EQ(ev.common.arch.msrs.star, regs.entries[0].data);
+
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* One event for each, whatever the vCPU does meanwhile */
+KVM_ONE_VCPU_TEST(kvmi, event_pause_each, guest_count)
+{
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_pause(&r, vcpu, &ev);
+	for (i = 0; i < 3; i++)
+		assert_err(pause_vcpu(0, i & 1), 0);
+	assert_quiet();
+	for (i = 0; i < 3; i++) {
+		reply_continue(&ev);
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+		TEST_ASSERT_EQ(ev.hdr.seq, i + 2);
+		assert_guest_stands(vcpu->vm);
+	}
+	reply_continue(&ev);
+	assert_guest_runs(vcpu->vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_wait, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	start(&r, vcpu);
+	for (i = 0; i < 30; i++) {
+		assert_guest_runs(vm);
+		assert_err(pause_vcpu(0, 1), 0);
+		assert_guest_stands(vm);
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+		assert_guest_stands(vm);
+		reply_continue(&ev);
+	}
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* The reply at once, the event when the vCPU is run */
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_stopped, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	hook(vm);
+	assert_at_once(assert_err(pause_vcpu(0, 1), 0));
+	assert_at_once(assert_err(pause_vcpu(0, 0), 0));
+	assert_quiet();
+	start(&r, vcpu);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(guest_read(vm, counter), 0);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(guest_read(vm, counter), 0);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_cap, guest_count)
+{
+	struct event ev;
+	struct runner r;
+	int i;
+
+	hook(vcpu->vm);
+	for (i = 0; i < MAX_PAUSES; i++)
+		assert_err(pause_vcpu(0, 0), 0);
+	assert_err(pause_vcpu(0, 0), -KVM_EBUSY);
+	assert_err(pause_vcpu(0, 1), -KVM_EBUSY);
+	start(&r, vcpu);
+	for (i = 0; i < MAX_PAUSES; i++) {
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+		reply_continue(&ev);
+	}
+	assert_guest_runs(vcpu->vm);
+	assert_quiet();
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+static void start_to_halt(struct runner *r, struct kvm_vcpu *vcpu)
+{
+	vm_install_exception_handler(vcpu->vm, IRQ_VECTOR, guest_on_irq);
+	hook(vcpu->vm);
+	start(r, vcpu);
+	wait_for(guest_read(vcpu->vm, counter));
+	usleep(QUIET_MS * 1000);
+}
+
+static void assert_halted(struct kvm_vm *vm)
+{
+	usleep(2000);
+	TEST_ASSERT(guest_read(vm, counter) == 1 && !guest_read(vm, traps),
+		    "HLT has ended, without an interrupt");
+}
+
+static void send_irq(struct kvm_vm *vm)
+{
+	struct kvm_msi msi = {
+		.address_lo = APIC_DEFAULT_GPA,
+		.data = IRQ_VECTOR,
+	};
+	int ret = __vm_ioctl(vm, KVM_SIGNAL_MSI, &msi);
+
+	TEST_ASSERT(ret == 1, KVM_IOCTL_ERROR(KVM_SIGNAL_MSI, ret));
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_halted, guest_halt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_halt(&r, vcpu);
+	for (i = 0; i < 3; i++) {
+		assert_err(pause_vcpu(0, i & 1), 0);
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+		assert_halted(vm);
+		reply_continue(&ev);
+		assert_halted(vm);
+	}
+	send_irq(vm);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	unhook(vm);
+}
+
+/* The interrupt comes during the pause, and is not lost */
+KVM_ONE_VCPU_TEST(kvmi, vm_pause_vcpu_halted_irq, guest_halt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_halt(&r, vcpu);
+	assert_err(pause_vcpu(0, 1), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	send_irq(vm);
+	assert_halted(vm);
+	reply_continue(&ev);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	unhook(vm);
+}
+
+/* Commands, the end of the session and a signal don't wake the guest either */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_halted, guest_halt)
+{
+	static struct registers_reply before, after;
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_halt(&r, vcpu);
+	assert_err(get_registers(0, 0, 0, &before), 0);
+	for (i = 0; i < 5; i++)
+		assert_err(vcpu_get_info(0), 0);
+	assert_err(get_registers(0, 0, 0, &after), 0);
+	TEST_ASSERT_EQ(before.rpl.regs.rip, after.rpl.regs.rip);
+	assert_halted(vm);
+
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	interrupt(&r);
+	start(&r, vcpu);
+	assert_halted(vm);
+	unhook(vm);
+	assert_halted(vm);
+	send_irq(vm);
+	join_done(&r);
+}
+
+/* CONTROL_CLEANUP; the number of exits shows whether #BP is intercepted */
+
+static u64 get_exits(int fd)
+{
+	struct kvm_stats_header header;
+	struct kvm_stats_desc *descs, *desc;
+	u64 exits = 0;
+	int i;
+
+	read_stats_header(fd, &header);
+	descs = read_stats_descriptors(fd, &header);
+	for (i = 0; i < header.num_desc; i++) {
+		desc = get_stats_descriptor(descs, i, &header);
+		if (!strcmp(desc->name, "exits"))
+			read_stat_data(fd, &header, desc, &exits, 1);
+	}
+	free(descs);
+	TEST_ASSERT(exits, "no exits, or no statistics");
+	return exits;
+}
+
+static void test_cleanup(struct kvm_vcpu *vcpu, bool cleanup)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 exits, bps;
+	struct event ev;
+	struct runner r;
+	int stats;
+
+	/* Not while the vCPU runs */
+	stats = vcpu_get_stats_fd(vcpu);
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r, vcpu);
+	if (!cleanup)
+		assert_err(control_cleanup(0), 0);
+	assert_err(enable_bp(0), 0);
+	unhook(vm);
+
+	/* In any case, the guest has its INT3s for itself */
+	assert_guest_runs(vm);
+	bps = guest_read(vm, traps);
+	exits = get_exits(stats);
+	wait_for(guest_read(vm, traps) >= bps + 1000);
+	exits = get_exits(stats) - exits;
+	bps = guest_read(vm, traps) - bps;
+	close(stats);
+	if (cleanup)
+		TEST_ASSERT(exits < bps / 2, "%lu #BPs with %lu exits", bps,
+			    exits);
+	else
+		TEST_ASSERT(exits > bps / 2, "%lu #BPs with %lu exits", bps,
+			    exits);
+
+	/* The next session takes over what the last one left */
+	hook(vm);
+	assert_err(enable_bp(0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0), 0);
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_default, guest_break)
+{
+	test_cleanup(vcpu, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_off, guest_break)
+{
+	test_cleanup(vcpu, false);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_errors, guest_count)
+{
+	struct kvmi_vm_control_cleanup req = {};
+	int i;
+
+	hook(vcpu->vm);
+	for (i = 0; i < sizeof(req.padding); i++) {
+		req.padding[i] = 1;
+		assert_err(command(KVMI_VM_CONTROL_CLEANUP, &req),
+			   -KVM_EINVAL);
+		req.padding[i] = 0;
+	}
+	assert_err(control_cleanup(2), -KVM_EINVAL);
+	assert_err(control_cleanup(1), 0);
+	assert_err(control_cleanup(0), 0);
+	unhook(vcpu->vm);
+}
+
+/* vCPU commands */
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_errors, guest_count)
+{
+	struct kvmi_vcpu_hdr hdr = {};
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	hdr.padding1 = 1;
+	assert_err(command(KVMI_VCPU_GET_INFO, &hdr), -KVM_EINVAL);
+	hdr.padding1 = 0;
+	hdr.padding2 = 1;
+	assert_err(command(KVMI_VCPU_GET_INFO, &hdr), -KVM_EINVAL);
+	assert_err(vcpu_get_info(1), -KVM_EINVAL);
+	assert_err(vcpu_get_info(0xffff), -KVM_EINVAL);
+	assert_err(vcpu_get_info(0), 0);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* Served when the vCPU is run, in order, and before a pause */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_stopped, guest_count)
+{
+	struct kvmi_vcpu_get_info_reply info;
+	static struct registers_reply regs;
+	struct event ev;
+	struct runner r;
+	u32 seq[2];
+
+	hook(vcpu->vm);
+	assert_err(pause_vcpu(0, 0), 0);
+	seq[0] = send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+	seq[1] = send_get_registers(0, 0, 0);
+	/* VM commands need no vCPU */
+	assert_err(get_version(), 0);
+	assert_quiet();
+
+	start(&r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_GET_INFO, seq[0], &info, sizeof(info)),
+		   0);
+	assert_err(get_reply(KVMI_VCPU_GET_REGISTERS, seq[1], &regs,
+			     sizeof(regs.rpl)), 0);
+	TEST_ASSERT_EQ(tool.nr_events, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	assert_err(vcpu_get_info(0), 0);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_cap, guest_count)
+{
+	struct kvmi_vcpu_get_info_reply info;
+	struct runner r;
+	u32 first;
+	int i;
+
+	hook(vcpu->vm);
+	first = send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+	for (i = 1; i < MAX_JOBS; i++)
+		send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+	assert_err(vcpu_get_info(0), -KVM_EBUSY);
+	assert_err(vcpu_get_info(0), -KVM_EBUSY);
+	start(&r, vcpu);
+	for (i = 0; i < MAX_JOBS; i++)
+		assert_err(get_reply(KVMI_VCPU_GET_INFO, first + i, &info,
+				     sizeof(info)), 0);
+	assert_err(vcpu_get_info(0), 0);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* With the queue full, the event can still be answered */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_cap_reply, guest_count)
+{
+	struct kvmi_vcpu_get_info_reply info;
+	struct event ev;
+	struct runner r;
+	u32 first;
+	int i;
+
+	start_to_pause(&r, vcpu, &ev);
+	interrupt(&r);
+	first = send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+	for (i = 1; i < MAX_JOBS; i++)
+		send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+	assert_err(vcpu_get_info(0), -KVM_EBUSY);
+	reply_continue(&ev);
+	assert_err(get_version(), 0);
+	start(&r, vcpu);
+	for (i = 0; i < MAX_JOBS; i++)
+		assert_err(get_reply(KVMI_VCPU_GET_INFO, first + i, &info,
+				     sizeof(info)), 0);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* An AP that waits for INIT and SIPI has nothing to show, but can be paused */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_command_not_started, guest_count)
+{
+	struct kvm_mp_state mp_state = { KVM_MP_STATE_UNINITIALIZED };
+	struct kvm_vcpu *ap = add_vcpu(vcpu, guest_count);
+	struct event ev;
+	struct runner r;
+
+	vcpu_mp_state_set(ap, &mp_state);
+	hook(vcpu->vm);
+	assert_err(vcpu_get_info(1), -KVM_EAGAIN);
+	assert_err(enable_bp(1), -KVM_EAGAIN);
+	assert_err(pause_vcpu(1, 1), 0);
+	assert_quiet();
+
+	/* The vCPU doesn't run now, so there's nothing to wait for */
+	start(&r, ap);
+	usleep(QUIET_MS * 1000);
+	assert_err(pause_vcpu(1, 1), 0);
+	assert_quiet();
+	WRITE_ONCE(ap->run->immediate_exit, 1);
+	pthread_kill(r.thread, SIGUSR1);
+	join(&r);
+	TEST_ASSERT(r.err == EINTR || r.err == EAGAIN, "KVM_RUN: %d (%s)",
+		    r.err, strerror(r.err));
+
+	mp_state.mp_state = KVM_MP_STATE_RUNNABLE;
+	vcpu_mp_state_set(ap, &mp_state);
+	start(&r, ap);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 1);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, counter), 0);
+	assert_err(vcpu_get_info(1), 0);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 1);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_created_late, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_vcpu *late;
+	struct event ev;
+	struct runner r;
+
+	install_bp_handler(vm);
+	hook(vm);
+	assert_err(pause_vcpu(1, 0), -KVM_EINVAL);
+	late = add_vcpu(vcpu, guest_break);
+	assert_err(pause_vcpu(1, 0), 0);
+	start(&r, late);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 1);
+	assert_err(enable_bp(1), 0);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 1);
+	unhook(vm);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_info, guest_count)
+{
+	struct kvmi_vcpu_get_info_reply rpl;
+	struct runner r;
+	u64 speed = 0;
+
+	if (kvm_has_cap(KVM_CAP_TSC_CONTROL))
+		speed = 1000ull * __vcpu_ioctl(vcpu, KVM_GET_TSC_KHZ, NULL);
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(__vcpu_command(KVMI_VCPU_GET_INFO, 0, NULL, 0, &rpl,
+				  sizeof(rpl)), 0);
+	TEST_ASSERT_EQ(rpl.tsc_speed, speed);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_events, guest_break)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	assert_quiet();
+	for (i = 0; i < 3; i++) {
+		/* Twice is as good as once */
+		assert_err(enable_bp(0), 0);
+		assert_err(enable_bp(0), 0);
+		get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+		assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0), 0);
+		assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0), 0);
+		reply_continue(&ev);
+		assert_guest_runs(vm);
+		assert_quiet();
+	}
+	/* Allowed, but not for CONTROL_EVENTS to decide */
+	assert_err(control_event(0, KVMI_VCPU_EVENT_PAUSE, 1), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_PAUSE, 0), 0);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_events_errors, guest_count)
+{
+	struct kvmi_vcpu_control_events req = {
+		.event_id = KVMI_VCPU_EVENT_BREAKPOINT,
+		.enable = 1,
+	};
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	req.padding1 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_EVENTS, 0, &req),
+		   -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_EVENTS, 0, &req),
+		   -KVM_EINVAL);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 2),
+		   -KVM_EINVAL);
+	assert_err(control_event(0, KVMI_VM_EVENT_UNHOOK, 1), -KVM_EINVAL);
+	assert_err(control_event(0, 2, 1), -KVM_EINVAL);
+	assert_err(control_event(0, KVMI_NEXT_VCPU_EVENT + 41, 1),
+		   -KVM_EINVAL);
+	assert_err(control_event(0, 0xffff, 1), -KVM_EINVAL);
+
+	allow_event(vm, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	assert_err(enable_bp(0), -KVM_EPERM);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0),
+		   -KVM_EPERM);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 2),
+		   -KVM_EINVAL);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Disallowed when it is on: it stays on, and can't be switched off */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_events_disallowed_late, guest_break)
+{
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	allow_event(vcpu->vm, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0),
+		   -KVM_EPERM);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	unhook(vcpu->vm);
+	stop_guest(&r);
+}
+
+/* On one vCPU, not on the other */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_events_per_vcpu, guest_break)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_break);
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r[2];
+	struct event ev;
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r[0], vcpu);
+	start(&r[1], vcpu1);
+	assert_err(enable_bp(1), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 1);
+	assert_guest_runs(vm);
+	assert_quiet();
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 1);
+	unhook(vm);
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+}
+
+/* Guest debugging: #BP is either the tool's or userspace's */
+
+static int set_sw_bp(struct kvm_vcpu *vcpu, bool enable)
+{
+	struct kvm_guest_debug debug = {};
+
+	if (enable)
+		debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_SW_BP;
+	return __vcpu_ioctl(vcpu, KVM_SET_GUEST_DEBUG, &debug) ? errno : 0;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_events_guest_debug, guest_count)
+{
+	struct kvm_guest_debug step = {
+		.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP,
+	};
+	struct runner r;
+
+	hook(vcpu->vm);
+	assert_err(set_sw_bp(vcpu, true), 0);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), -KVM_EBUSY);
+	interrupt(&r);
+	assert_err(set_sw_bp(vcpu, false), 0);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), 0);
+	interrupt(&r);
+	assert_err(set_sw_bp(vcpu, true), EBUSY);
+	/* Other kinds of debugging are nobody's loss */
+	vcpu_guest_debug_set(vcpu, &step);
+	assert_err(set_sw_bp(vcpu, false), 0);
+	start(&r, vcpu);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0), 0);
+	interrupt(&r);
+	assert_err(set_sw_bp(vcpu, true), 0);
+	unhook(vcpu->vm);
+}
+
+/* A VM that is stopped, unhooked and then debugged */
+KVM_ONE_VCPU_TEST(kvmi, unhook_stopped_guest_debug, guest_count)
+{
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), 0);
+	interrupt(&r);
+	unhook(vcpu->vm);
+	assert_err(set_sw_bp(vcpu, true), 0);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_registers, guest_wait_rbx)
+{
+	static struct registers_reply rpl;
+	struct kvm_sregs sregs;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_rbx(&r, vcpu, &ev);
+	assert_err(get_registers(0, 0, 0, &rpl), 0);
+	TEST_ASSERT_EQ(rpl.rpl.mode, 8);
+	TEST_ASSERT_EQ(rpl.rpl.padding, 0);
+	TEST_ASSERT_EQ(rpl.rpl.msrs.nmsrs, 0);
+	TEST_ASSERT_EQ(rpl.rpl.msrs.pad, 0);
+
+	/* The same that userspace gets */
+	interrupt(&r);
+	vcpu_regs_get(vcpu, &regs);
+	vcpu_sregs_get(vcpu, &sregs);
+	TEST_ASSERT(!memcmp(&regs, &rpl.rpl.regs, sizeof(regs)),
+		    "the registers differ");
+	TEST_ASSERT(!memcmp(&sregs, &rpl.rpl.sregs, sizeof(sregs)),
+		    "the sregs differ");
+	regs.rbx = 1;
+	vcpu_regs_set(vcpu, &regs);
+	start(&r, vcpu);
+	reply_continue(&ev);
+	join_done(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_registers_msrs, guest_count)
+{
+	static struct registers_reply rpl;
+	struct runner r;
+	int i;
+
+	/* The reply's size, 8168 bytes, and not one MSR more */
+	kvm_static_assert(sizeof(struct kvmi_error_code) +
+			  sizeof(rpl.rpl) + MAX_MSRS * 16 <= KVMI_MAX_MSG_SIZE);
+	kvm_static_assert(sizeof(struct kvmi_error_code) + sizeof(rpl.rpl) +
+			  (MAX_MSRS + 1) * 16 > KVMI_MAX_MSG_SIZE);
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(get_registers(0, MAX_MSRS, MSR_EFER, &rpl), 0);
+	TEST_ASSERT_EQ(rpl.rpl.msrs.nmsrs, MAX_MSRS);
+	TEST_ASSERT_EQ(rpl.rpl.msrs.pad, 0);
+	for (i = 0; i < MAX_MSRS; i++) {
+		TEST_ASSERT_EQ(rpl.entries[i].index, MSR_EFER);
+		TEST_ASSERT_EQ(rpl.entries[i].reserved, 0);
+		TEST_ASSERT_EQ(rpl.entries[i].data, rpl.rpl.sregs.efer);
+	}
+	assert_err(get_registers(0, MAX_MSRS + 1, MSR_EFER, &rpl),
+		   -KVM_EINVAL);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_registers_errors, guest_count)
+{
+	static struct registers_reply rpl;
+	struct kvmi_vcpu_get_registers req = {};
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	req.padding1 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_GET_REGISTERS, 0, &req),
+		   -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_GET_REGISTERS, 0, &req),
+		   -KVM_EINVAL);
+	/* A list that is shorter than it says */
+	req.padding2 = 0;
+	req.nmsrs = 1;
+	assert_err(vcpu_command(KVMI_VCPU_GET_REGISTERS, 0, &req),
+		   -KVM_EINVAL);
+	req.nmsrs = 0xffff;
+	assert_err(vcpu_command(KVMI_VCPU_GET_REGISTERS, 0, &req),
+		   -KVM_EINVAL);
+	/* No such MSR */
+	assert_err(get_registers(0, 3, 0x474f4f00, &rpl), -KVM_EINVAL);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_registers, guest_wait_rbx)
+{
+	static struct registers_reply rpl;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_rbx(&r, vcpu, &ev);
+	regs = ev.common.arch.regs;
+	regs.rbx = 0x1111;
+	assert_err(set_registers(0, &regs), 0);
+	/* The last one wins, and only with the reply */
+	regs.rbx = 0x2222;
+	assert_err(set_registers(0, &regs), 0);
+	assert_err(get_registers(0, 0, 0, &rpl), 0);
+	TEST_ASSERT(!memcmp(&rpl.rpl.regs, &ev.common.arch.regs,
+			    sizeof(regs)), "set before the reply");
+	reply_continue(&ev);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 0x2222);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_registers_errors, guest_wait_rbx)
+{
+	struct kvm_regs regs = { .rbx = 1 };
+	struct event ev;
+	struct runner r;
+
+	start_to_rbx(&r, vcpu, &ev);
+	assert_err(__vcpu_command(KVMI_VCPU_SET_REGISTERS, 0, &regs,
+				  sizeof(regs) - 1, NULL, 0), -KVM_EINVAL);
+	reply_continue(&ev);
+	/* Nothing of it, and nothing when no event is open */
+	assert_err(set_registers(0, &regs), -KVM_EOPNOTSUPP);
+
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rbx, 0);
+	regs = ev.common.arch.regs;
+	regs.rbx = 1;
+	assert_err(set_registers(0, &regs), 0);
+	reply_continue(&ev);
+	join_done(&r);
+	unhook(vcpu->vm);
+}
+
+/* Not with the end of the session */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_registers_abandoned, guest_wait_rbx)
+{
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_rbx(&r, vcpu, &ev);
+	regs = ev.common.arch.regs;
+	regs.rbx = 0x1111;
+	assert_err(set_registers(0, &regs), 0);
+	unhook(vcpu->vm);
+
+	hook(vcpu->vm);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rbx, 0);
+	regs = ev.common.arch.regs;
+	regs.rbx = 0x2222;
+	assert_err(set_registers(0, &regs), 0);
+	reply_continue(&ev);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 0x2222);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_translate_gva, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	vm_vaddr_t gva = (vm_vaddr_t)&counter;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	TEST_ASSERT_EQ(translate_gva(0, gva), addr_gva2gpa(vm, gva));
+	gva = (vm_vaddr_t)bp_insn;
+	TEST_ASSERT_EQ(translate_gva(0, gva), addr_gva2gpa(vm, gva));
+	TEST_ASSERT_EQ(translate_gva(0, 0x7f0000000000ull), -1ull);
+	/* Not canonical */
+	TEST_ASSERT_EQ(translate_gva(0, 1ull << 62), -1ull);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* The breakpoint event */
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint, guest_break_once)
+{
+	static const u8 zeroes[7];
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip, (u64)bp_insn);
+	TEST_ASSERT_EQ(ev.bp.gpa, addr_gva2gpa(vm, (vm_vaddr_t)bp_insn));
+	TEST_ASSERT_EQ(ev.bp.insn_len, 1);
+	TEST_ASSERT(!memcmp(ev.bp.padding, zeroes, sizeof(zeroes)),
+		    "the padding isn't zero");
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	TEST_ASSERT_EQ(guest_read(vm, counter), 0);
+
+	/* CONTINUE: it is the guest's own */
+	reply_continue(&ev);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), (u64)bp_next);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* RETRY with the INT3 in place: the same again */
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_retry, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_bp(&r, vcpu, &ev);
+	for (i = 0; i < 3; i++) {
+		reply_retry(&ev);
+		get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+		TEST_ASSERT_EQ(ev.common.arch.regs.rip, (u64)bp_insn);
+		TEST_ASSERT_EQ(ev.hdr.seq, i + 2);
+	}
+	/* Without it, the guest notices nothing */
+	assert_err(write_physical(ev.bp.gpa, 1, "\x90"), 0);
+	reply_retry(&ev);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_retry_rip, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	regs = ev.common.arch.regs;
+	regs.rip++;
+	regs.rax = 0xabcdef0123456789;
+	regs.rbx = -1;
+	assert_err(set_registers(0, &regs), 0);
+	reply_retry(&ev);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, result), regs.rax);
+	TEST_ASSERT_EQ(guest_read(vm, counter), regs.rbx);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Set registers don't cancel the exception */
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_continue_regs, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	regs = ev.common.arch.regs;
+	regs.rax = 0x1234;
+	assert_err(set_registers(0, &regs), 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, result), 0x1234);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip),
+		       ev.common.arch.regs.rip + 1);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* A breakpoint of the tool's, put into running code and taken out again */
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_planted, guest_break)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gpa = addr_gva2gpa(vm, (vm_vaddr_t)bp_insn);
+	struct event ev;
+	struct runner r;
+	int i;
+
+	install_bp_handler(vm);
+	/* The instruction that the guest has of its own */
+	*(u8 *)addr_gva2hva(vm, (vm_vaddr_t)bp_insn) = 0x90;
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), 0);
+	for (i = 0; i < 5; i++) {
+		assert_guest_runs(vm);
+		assert_err(write_physical(gpa, 1, "\xcc"), 0);
+		get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+		assert_guest_stands(vm);
+		assert_err(write_physical(gpa, 1, "\x90"), 0);
+		reply_retry(&ev);
+	}
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	unhook(vm);
+}
+
+/* The session ends with the event open */
+static void test_abandoned(struct kvm_vcpu *vcpu, bool taken_out, bool tool_end)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	if (taken_out)
+		assert_err(write_physical(ev.bp.gpa, 1, "\x90"), 0);
+	if (tool_end)
+		tool_close();
+	else
+		unhook(vm);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), taken_out ? 0 : 1);
+	if (!taken_out)
+		TEST_ASSERT_EQ(guest_read(vm, trap_rip), (u64)bp_next);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_tool_gone, guest_break_once)
+{
+	test_abandoned(vcpu, false, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_tool_gone_clean, guest_break_once)
+{
+	test_abandoned(vcpu, true, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_unhook, guest_break_once)
+{
+	test_abandoned(vcpu, false, false);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_unhook_clean, guest_break_once)
+{
+	test_abandoned(vcpu, true, false);
+}
+
+/* The tool has answered before it went: that counts */
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_gone, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	regs = ev.common.arch.regs;
+	regs.rip++;
+	regs.rax = 0x1234;
+	assert_err(set_registers(0, &regs), 0);
+	/* The reply is in the queue when the session ends */
+	interrupt(&r);
+	reply_retry(&ev);
+	assert_err(get_version(), 0);
+	tool_close();
+	usleep(QUIET_MS * 1000);
+	start(&r, vcpu);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	TEST_ASSERT_EQ(guest_read(vm, result), regs.rax);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* No event from then on */
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_no_tool, guest_break)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), 0);
+	tool_close();
+	for (i = 0; i < 3; i++)
+		assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+	TEST_ASSERT(guest_read(vm, traps) == guest_read(vm, counter),
+		    "%lu INT3s, %lu #BPs", guest_read(vm, counter),
+		    guest_read(vm, traps));
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_two_vcpus, guest_break)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_break);
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev[2], next;
+	struct runner r[2];
+	int i;
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r[0], vcpu);
+	start(&r[1], vcpu1);
+	assert_err(enable_bp(0), 0);
+	assert_err(enable_bp(1), 0);
+	get_any_event(&ev[0]);
+	get_any_event(&ev[1]);
+	for (i = 0; i < 10; i++) {
+		/* Both are open */
+		TEST_ASSERT(ev[0].common.vcpu != ev[1].common.vcpu,
+			    "two events of vCPU %u", ev[0].common.vcpu);
+		TEST_ASSERT(ev[0].hdr.seq != ev[1].hdr.seq, "one seq, twice");
+		assert_guest_stands(vm);
+		/* The later one first */
+		reply_continue(&ev[1]);
+		get_any_event(&next);
+		TEST_ASSERT_EQ(next.common.vcpu, ev[1].common.vcpu);
+		ev[1] = ev[0];
+		ev[0] = next;
+	}
+	unhook(vm);
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+}
+
+/* Event replies */
+
+enum bad_reply {
+	BAD_SEQ, BAD_ACTION, BAD_ACTION_FOR_EVENT, BAD_PADDING1, BAD_PADDING2,
+	TOO_SHORT, TOO_LONG, EMPTY, OTHER_VCPU, TWICE, NOT_WAITING
+};
+
+/* The session ends, the guest goes on */
+static void test_bad_reply(struct kvm_vcpu *vcpu, enum bad_reply bad)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_count);
+	size_t size = EVENT_REPLY_SIZE;
+	struct kvm_vm *vm = vcpu->vm;
+	struct event_reply rpl;
+	struct runner r[2];
+	struct event ev;
+	u32 seq;
+
+	start_to_pause(&r[0], vcpu, &ev);
+	start(&r[1], vcpu1);
+	assert_err(vcpu_get_info(1), 0);
+	make_event_reply(&rpl, &ev, KVMI_EVENT_ACTION_CONTINUE);
+	seq = ev.hdr.seq;
+
+	switch (bad) {
+	case BAD_SEQ:
+		seq++;
+		break;
+	case BAD_ACTION:
+		rpl.rpl.action = KVMI_EVENT_ACTION_CRASH + 1;
+		break;
+	case BAD_ACTION_FOR_EVENT:
+		rpl.rpl.action = KVMI_EVENT_ACTION_RETRY;
+		break;
+	case BAD_PADDING1:
+		rpl.rpl.padding1 = 1;
+		break;
+	case BAD_PADDING2:
+		rpl.rpl.padding2 = 1;
+		break;
+	case TOO_SHORT:
+		size--;
+		break;
+	case TOO_LONG:
+		size++;
+		break;
+	case EMPTY:
+		size = 0;
+		break;
+	case OTHER_VCPU:
+		rpl.hdr.vcpu = 1;
+		break;
+	case TWICE:
+		send_event_reply(&ev, &rpl);
+		break;
+	case NOT_WAITING:
+		send_event_reply(&ev, &rpl);
+		assert_guest_runs(vm);
+		assert_err(vcpu_get_info(0), 0);
+		break;
+	}
+	send_msg_seq(KVMI_VCPU_EVENT, seq, &rpl, size);
+	assert_closed();
+	assert_guest_runs(vm);
+	TEST_ASSERT(__hook(vm, tool.fd) && errno == EEXIST, "errno %d", errno);
+	unhook(vm);
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_bad_seq, guest_count)
+{
+	test_bad_reply(vcpu, BAD_SEQ);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_bad_action, guest_count)
+{
+	test_bad_reply(vcpu, BAD_ACTION);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_pause_retry, guest_count)
+{
+	test_bad_reply(vcpu, BAD_ACTION_FOR_EVENT);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_bad_padding1, guest_count)
+{
+	test_bad_reply(vcpu, BAD_PADDING1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_bad_padding2, guest_count)
+{
+	test_bad_reply(vcpu, BAD_PADDING2);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_too_short, guest_count)
+{
+	test_bad_reply(vcpu, TOO_SHORT);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_too_long, guest_count)
+{
+	test_bad_reply(vcpu, TOO_LONG);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_empty, guest_count)
+{
+	test_bad_reply(vcpu, EMPTY);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_other_vcpu, guest_count)
+{
+	test_bad_reply(vcpu, OTHER_VCPU);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_twice, guest_count)
+{
+	test_bad_reply(vcpu, TWICE);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_not_waiting, guest_count)
+{
+	test_bad_reply(vcpu, NOT_WAITING);
+}
+
+/* Errors in the vCPU header are told, and the vCPU waits on */
+KVM_ONE_VCPU_TEST(kvmi, event_reply_bad_vcpu, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event_reply rpl;
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	make_event_reply(&rpl, &ev, KVMI_EVENT_ACTION_CONTINUE);
+	rpl.hdr.vcpu = 1;
+	send_event_reply(&ev, &rpl);
+	assert_err(get_reply(KVMI_VCPU_EVENT, ev.hdr.seq, NULL, 0),
+		   -KVM_EINVAL);
+	rpl.hdr.vcpu = 0;
+	rpl.hdr.padding1 = 1;
+	send_event_reply(&ev, &rpl);
+	assert_err(get_reply(KVMI_VCPU_EVENT, ev.hdr.seq, NULL, 0),
+		   -KVM_EINVAL);
+	rpl.hdr.padding1 = 0;
+	rpl.hdr.padding2 = 1;
+	send_event_reply(&ev, &rpl);
+	assert_err(get_reply(KVMI_VCPU_EVENT, ev.hdr.seq, NULL, 0),
+		   -KVM_EINVAL);
+	assert_guest_stands(vm);
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+static void assert_crashed(struct runner *r)
+{
+	struct kvm_run *run = r->vcpu->run;
+
+	join(r);
+	TEST_ASSERT(!r->err && !r->done, "KVM_RUN: errno %d, %s", r->err,
+		    r->done ? "the guest is done" : "");
+	TEST_ASSERT_KVM_EXIT_REASON(r->vcpu, KVM_EXIT_SYSTEM_EVENT);
+	TEST_ASSERT_EQ(run->system_event.type, KVM_SYSTEM_EVENT_CRASH);
+	TEST_ASSERT_EQ(run->system_event.ndata, 0);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_crash_pause, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	reply_crash(&ev);
+	assert_crashed(&r);
+	/* If userspace makes it go on, it goes on */
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_reply_crash_breakpoint, guest_break_once)
+{
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	reply_crash(&ev);
+	assert_crashed(&r);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, counter), 0);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, traps), 0);
+	unhook(vcpu->vm);
+}
+
+/* Signals: userspace gets its thread back whatever the tool does */
+
+KVM_ONE_VCPU_TEST(kvmi, signal_open_pause, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_pause(&r, vcpu, &ev);
+	for (i = 0; i < 3; i++) {
+		interrupt(&r);
+		assert_quiet();
+		start(&r, vcpu);
+		assert_guest_stands(vm);
+		/* Neither gone nor sent again */
+		assert_quiet();
+		assert_err(vcpu_get_info(0), 0);
+	}
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* The reply comes while the vCPU isn't run */
+KVM_ONE_VCPU_TEST(kvmi, signal_open_breakpoint, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	interrupt(&r);
+	reply_continue(&ev);
+	assert_err(get_version(), 0);
+	assert_quiet();
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	start(&r, vcpu);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Userspace moves the vCPU on while the event is open: no #BP there */
+KVM_ONE_VCPU_TEST(kvmi, signal_moved_breakpoint, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	interrupt(&r);
+	vcpu_regs_get(vcpu, &regs);
+	TEST_ASSERT_EQ(regs.rip, (u64)bp_insn);
+	regs.rip++;
+	vcpu_regs_set(vcpu, &regs);
+	start(&r, vcpu);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* In the middle of sending: nothing is lost, doubled or torn */
+KVM_ONE_VCPU_TEST(kvmi, signal_sending, guest_count)
+{
+	static struct registers_reply rpl;
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	u32 first;
+	int i;
+
+	hook(vm);
+	first = send_get_registers(0, MAX_MSRS, MSR_EFER);
+	for (i = 1; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	start(&r, vcpu);
+	wait_stuck();
+	for (i = 0; i < 3; i++) {
+		interrupt(&r);
+		start(&r, vcpu);
+	}
+	assert_guest_stands(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		assert_err(get_reply(KVMI_VCPU_GET_REGISTERS, first + i, &rpl,
+				     sizeof(rpl.rpl) + MAX_MSRS *
+				     sizeof(rpl.entries[0])), 0);
+	assert_quiet();
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* A part of a message is out and the tool doesn't read: the session goes */
+KVM_ONE_VCPU_TEST(kvmi, signal_sending_torn, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook_sndbuf(vm, 1);
+	allow_all(vm);
+	send_get_registers(0, MAX_MSRS, MSR_EFER);
+	start(&r, vcpu);
+	wait_stuck();
+	assert_at_once(interrupt(&r));
+	assert_closed();
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Another thread is stuck in the socket */
+KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static struct msg msg;
+	struct runner r;
+	int events = 0;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(vcpu_get_info(0), 0);
+	send_msg(KVMI_VM_PAUSE_VCPU, &(struct kvmi_vm_pause_vcpu) {},
+		 sizeof(struct kvmi_vm_pause_vcpu));
+	jam(vm);
+	assert_guest_stands(vm);
+	interrupt(&r);
+	start(&r, vcpu);
+
+	/* Its event, once, among the rest */
+	while (readable(10 * QUIET_MS)) {
+		TEST_ASSERT(receive_msg(&msg), "closed");
+		events += msg.hdr.id == KVMI_VCPU_EVENT;
+	}
+	TEST_ASSERT_EQ(events, 1);
+	unhook(vm);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+/* The module parameter is off */
+
+FIXTURE(kvmi_off) {
+	struct kvm_vm *vm;
+};
+
+FIXTURE_SETUP(kvmi_off)
+{
+	if (introspection_on())
+		SKIP(return, "kvm.introspection is on");
+	self->vm = vm_create_barebones();
+}
+
+FIXTURE_TEARDOWN(kvmi_off)
+{
+	kvm_vm_free(self->vm);
+}
+
+TEST_F(kvmi_off, param_off_capability)
+{
+	TEST_ASSERT_EQ(kvm_check_cap(KVM_CAP_INTROSPECTION), 0);
+	TEST_ASSERT_EQ(vm_check_cap(self->vm, KVM_CAP_INTROSPECTION), 0);
+}
+
+TEST_F(kvmi_off, param_off_hook)
+{
+	struct kvm_introspection_hook hook = {};
+	int fds[2];
+
+	make_sockets(fds);
+	hook.fd = fds[0];
+	assert_ioctl(self->vm, KVM_INTROSPECTION_HOOK, &hook, EPERM);
+	/* Whatever the arguments are */
+	hook.padding = 1;
+	assert_ioctl(self->vm, KVM_INTROSPECTION_HOOK, &hook, EPERM);
+	ASSERT_NE(0, ioctl(self->vm->fd, KVM_INTROSPECTION_HOOK, NULL));
+	ASSERT_EQ(EPERM, errno);
+}
+
+TEST_F(kvmi_off, param_off_unhook)
+{
+	assert_ioctl(self->vm, KVM_INTROSPECTION_UNHOOK, NULL, EPERM);
+}
+
+TEST_F(kvmi_off, param_off_command)
+{
+	assert_allow(self->vm, KVM_INTROSPECTION_COMMAND, -1, 1, EPERM);
+	assert_allow(self->vm, KVM_INTROSPECTION_COMMAND, -2, 2, EPERM);
+}
+
+TEST_F(kvmi_off, param_off_event)
+{
+	assert_allow(self->vm, KVM_INTROSPECTION_EVENT, -1, 1, EPERM);
+	assert_allow(self->vm, KVM_INTROSPECTION_EVENT, -2, 2, EPERM);
+}
+
+TEST_F(kvmi_off, param_off_preunhook)
+{
+	assert_ioctl(self->vm, KVM_INTROSPECTION_PREUNHOOK, NULL, EPERM);
+}
+
+int main(int argc, char *argv[])
+{
+	struct sigaction sa = { .sa_handler = on_signal };
+
+	/* KVM without introspection has no such parameter */
+	__TEST_REQUIRE(!access("/sys/module/kvm/parameters/introspection",
+			       R_OK), "KVM has no introspection");
+
+	sigaction(SIGUSR1, &sa, NULL);
+	return test_harness_run(argc, argv);
+}
