@@ -1,0 +1,629 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* Each command of the protocol as a function */
+
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define PAGE_SIZE 4096
+
+/* How often to ask whether QEMU has set the allow-lists by now */
+#define ALLOW_POLL_MS 5
+
+_Static_assert((int)KVMI_CMD_VCPU_TRANSLATE_GVA == (int)KVMI_VCPU_TRANSLATE_GVA, "ids");
+_Static_assert((int)KVMI_CMD_VM_SET_PAGE_ACCESS == (int)KVMI_VM_SET_PAGE_ACCESS, "ids");
+_Static_assert((int)KVMI_EV_SINGLESTEP == (int)KVMI_VCPU_EVENT_SINGLESTEP, "ids");
+_Static_assert((int)KVMI_EV_BREAKPOINT == (int)KVMI_VCPU_EVENT_BREAKPOINT, "ids");
+_Static_assert(KVMI_ACTION_CRASH == KVMI_EVENT_ACTION_CRASH, "actions");
+
+static enum kvmi_status no_vm(struct kvmi_error *err)
+{
+	return fail(err, KVMI_ERR_ARGUMENT, "no vm, or no place for the result");
+}
+
+static enum kvmi_status check_vcpu(const struct kvmi_vm *vm, unsigned int vcpu,
+				   struct kvmi_error *err)
+{
+	if (!vm)
+		return no_vm(err);
+	if (vcpu > UINT16_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "there is no vCPU %u", vcpu);
+
+	return KVMI_OK;
+}
+
+/* A command to the VM: one structure, or nothing */
+static enum kvmi_status vm_simple(struct kvmi_vm *vm, unsigned int id,
+				  void *request, size_t request_size,
+				  void *answer, size_t answer_size,
+				  struct kvmi_error *err)
+{
+	const struct iovec part = { request, request_size };
+
+	return vm_command(vm, id, &part, 1, answer, answer_size, answer_size,
+			  err);
+}
+
+/* A command to a vCPU */
+static enum kvmi_status vcpu_simple(struct kvmi_vm *vm, unsigned int vcpu,
+				    unsigned int id, void *request,
+				    size_t request_size, void *answer,
+				    size_t answer_size, struct kvmi_error *err)
+{
+	struct kvmi_vcpu_hdr header = { .vcpu = vcpu };
+	const struct iovec parts[] = {
+		{ &header, sizeof(header) }, { request, request_size },
+	};
+
+	return vm_command(vm, id, parts, 2, answer, answer_size, answer_size,
+			  err);
+}
+
+/* ------------------------------------------------------------------------
+ * The start
+ */
+
+static enum kvmi_status wait_allowed(struct kvmi_vm *vm, uint64_t set,
+				     bool events, int64_t deadline,
+				     struct kvmi_error *err)
+{
+	unsigned int id;
+
+	for (id = 0; id < 64; id++) {
+		if (!(set & KVMI_SET(id)))
+			continue;
+		for (;;) {
+			const char *name = events ? kvmi_event_name(id) :
+						    kvmi_command_name(id);
+			enum kvmi_status status = events ?
+				kvmi_vm_check_event(vm, id, err) :
+				kvmi_vm_check_command(vm, id, err);
+
+			if (status == KVMI_OK)
+				break;
+			if (status == KVMI_ERR_NOT_FOUND)
+				return fail(err, KVMI_ERR_UNKNOWN,
+					    "this version of KVM lacks %s %s (%u)",
+					    events ? "event" : "command",
+					    name ? name : "?", id);
+			if (status != KVMI_ERR_NOT_ALLOWED)
+				return status;
+			if (now_ms() >= deadline)
+				return fail(err, status,
+					    "%s %s is not allowed by QEMU; see the property %s of its kvmi object",
+					    events ? "event" : "command",
+					    name ? name : "?",
+					    events ? "events" : "commands");
+			poll(NULL, 0, ALLOW_POLL_MS);
+		}
+	}
+
+	return KVMI_OK;
+}
+
+enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
+				 uint64_t events, struct kvmi_error *err)
+{
+	struct kvmi_get_version_reply version;
+	enum kvmi_status status;
+	int64_t deadline;
+
+	if (!vm)
+		return no_vm(err);
+
+	deadline = now_ms() + vm->timeout;
+	while (vm->state == VM_HELLO) {
+		status = vm_pump(vm, deadline, err);
+		if (status == KVMI_ERR_TIMEOUT)
+			return fail(err, status,
+				    "the other side did not send its handshake within %d ms",
+				    vm->timeout);
+		if (status != KVMI_OK)
+			return status;
+	}
+
+	status = vm_simple(vm, KVMI_GET_VERSION, NULL, 0, &version,
+			   sizeof(version), err);
+	if (status != KVMI_OK)
+		return status;
+	/* The version was 1 in all revisions; only newer ones tell the size */
+	if (version.version < KVMI_VERSION || !version.max_msg_size)
+		return vm_break(vm, err,
+				"KVM speaks an older introspection protocol (version %u, no message size)",
+				version.version);
+	if (version.max_msg_size < KVMI_MAX_MSG_SIZE)
+		return vm_break(vm, err, "KVM takes messages of %u bytes only",
+				version.max_msg_size);
+	vm->version = (struct kvmi_vm_version){
+		.version = version.version,
+		.max_message = version.max_msg_size,
+		.singlestep = version.features.singlestep,
+	};
+
+	deadline = now_ms() + vm->timeout;
+	status = wait_allowed(vm, commands, false, deadline, err);
+	if (status == KVMI_OK)
+		status = wait_allowed(vm, events, true, deadline, err);
+
+	return status;
+}
+
+/* ------------------------------------------------------------------------
+ * VM
+ */
+
+enum kvmi_status kvmi_vm_check_command(struct kvmi_vm *vm, unsigned int id,
+				       struct kvmi_error *err)
+{
+	struct kvmi_vm_check_command request = { .id = id };
+
+	if (!vm)
+		return no_vm(err);
+	if (id > UINT16_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "no command %u", id);
+
+	return vm_simple(vm, KVMI_VM_CHECK_COMMAND, &request, sizeof(request),
+			 NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vm_check_event(struct kvmi_vm *vm, unsigned int id,
+				     struct kvmi_error *err)
+{
+	struct kvmi_vm_check_event request = { .id = id };
+
+	if (!vm)
+		return no_vm(err);
+	if (id > UINT16_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "no event %u", id);
+
+	return vm_simple(vm, KVMI_VM_CHECK_EVENT, &request, sizeof(request),
+			 NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vm_get_vcpu_count(struct kvmi_vm *vm, unsigned int *count,
+					struct kvmi_error *err)
+{
+	struct kvmi_vm_get_info_reply reply;
+	enum kvmi_status status;
+
+	if (!vm || !count)
+		return no_vm(err);
+
+	status = vm_simple(vm, KVMI_VM_GET_INFO, NULL, 0, &reply,
+			   sizeof(reply), err);
+	if (status != KVMI_OK)
+		return status;
+	if (reply.vcpu_count > MAX_VCPUS)
+		return vm_break(vm, err, "%u vCPUs", reply.vcpu_count);
+	*count = reply.vcpu_count;
+
+	return KVMI_OK;
+}
+
+enum kvmi_status kvmi_vm_control_events(struct kvmi_vm *vm, unsigned int id,
+					bool enable, struct kvmi_error *err)
+{
+	struct kvmi_vm_control_events request = { .event_id = id,
+						  .enable = enable };
+
+	if (!vm)
+		return no_vm(err);
+	if (id > UINT16_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "no event %u", id);
+
+	return vm_simple(vm, KVMI_VM_CONTROL_EVENTS, &request, sizeof(request),
+			 NULL, 0, err);
+}
+
+/*
+ * Reads or writes all ops, cut at the borders of pages, as the protocol wants
+ * it, with several parts on their way.  Answers come in the order of the
+ * commands (one thread of KVM does them all), so waiting for the oldest loses
+ * nothing.
+ */
+static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
+				    struct kvmi_memory_op *ops, size_t count,
+				    struct kvmi_error *err)
+{
+	struct part {
+		struct pending *pending;
+		size_t op;
+		size_t size;
+	} window[BATCH_WINDOW];
+	unsigned int first = 0, used = 0;
+	enum kvmi_status result = KVMI_OK, fatal = KVMI_OK;
+	size_t op = 0, done = 0, i;
+
+	if (!vm || (count && !ops))
+		return no_vm(err);
+	for (i = 0; i < count; i++) {
+		ops[i].status = KVMI_OK;
+		if (!ops[i].size)
+			continue;
+		if (!ops[i].data || ops[i].gpa + ops[i].size < ops[i].gpa)
+			return fail(err, KVMI_ERR_ARGUMENT,
+				    "no data, or beyond the end of all addresses");
+	}
+
+	while (op < count || used) {
+		struct kvmi_error local = { 0 };
+		enum kvmi_status status;
+		struct part *part;
+		size_t size = 0;
+
+		while (fatal == KVMI_OK && op < count && used < BATCH_WINDOW) {
+			/* both requests have the same layout */
+			struct kvmi_vm_read_physical request = { 0 };
+			uint64_t left_in_page;
+			uint8_t *data;
+			int parts_count;
+
+			if (done == ops[op].size) {
+				op++;
+				done = 0;
+				continue;
+			}
+			request.gpa = ops[op].gpa + done;
+			left_in_page = PAGE_SIZE - request.gpa % PAGE_SIZE;
+			size = ops[op].size - done;
+			if (size > left_in_page)
+				size = left_in_page;
+			request.size = size;
+			data = (uint8_t *)ops[op].data + done;
+
+			const struct iovec parts[] = {
+				{ &request, sizeof(request) }, { data, size },
+			};
+
+			parts_count = write ? 2 : 1;
+			part = &window[(first + used) % BATCH_WINDOW];
+			status = vm_start(vm, write ? KVMI_VM_WRITE_PHYSICAL :
+						      KVMI_VM_READ_PHYSICAL,
+					  parts, parts_count,
+					  write ? NULL : data,
+					  write ? 0 : size, &part->pending,
+					  &local);
+			if (status != KVMI_OK) {
+				fatal = status;
+				break;
+			}
+			part->op = op;
+			part->size = size;
+			used++;
+			done += size;
+		}
+		if (fatal != KVMI_OK && result == KVMI_OK) {
+			result = fatal;
+			if (err)
+				*err = local;
+		}
+		if (fatal != KVMI_OK)
+			for (; op < count; op++)
+				if (ops[op].status == KVMI_OK)
+					ops[op].status = fatal;
+		if (!used)
+			break;
+
+		part = &window[first];
+		first = (first + 1) % BATCH_WINDOW;
+		used--;
+		if (fatal != KVMI_OK) {
+			if (ops[part->op].status == KVMI_OK)
+				ops[part->op].status = fatal;
+			vm_abandon(vm, part->pending);
+			continue;
+		}
+
+		status = vm_wait(vm, part->pending, &size, &local);
+		if (status == KVMI_OK && !write && size != part->size)
+			status = vm_break(vm, &local,
+					  "%zu instead of %zu bytes of memory",
+					  size, part->size);
+		if (status == KVMI_OK)
+			continue;
+		if (ops[part->op].status == KVMI_OK)
+			ops[part->op].status = status;
+		if (result == KVMI_OK) {
+			result = status;
+			if (err)
+				*err = local;
+		}
+		/* What KVM says concerns this op only */
+		if (status < KVMI_ERR_NOT_ALLOWED)
+			fatal = status;
+	}
+
+	return result;
+}
+
+enum kvmi_status kvmi_vm_read_many(struct kvmi_vm *vm,
+				   struct kvmi_memory_op *ops, size_t count,
+				   struct kvmi_error *err)
+{
+	return memory_many(vm, false, ops, count, err);
+}
+
+enum kvmi_status kvmi_vm_write_many(struct kvmi_vm *vm,
+				    struct kvmi_memory_op *ops, size_t count,
+				    struct kvmi_error *err)
+{
+	return memory_many(vm, true, ops, count, err);
+}
+
+enum kvmi_status kvmi_vm_read_physical(struct kvmi_vm *vm, uint64_t gpa,
+				       void *data, size_t size,
+				       struct kvmi_error *err)
+{
+	struct kvmi_memory_op op = { .gpa = gpa, .data = data, .size = size };
+
+	if (size > UINT32_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "%zu bytes at once", size);
+
+	return memory_many(vm, false, &op, 1, err);
+}
+
+enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
+					const void *data, size_t size,
+					struct kvmi_error *err)
+{
+	struct kvmi_memory_op op = { .gpa = gpa, .data = (void *)data,
+				     .size = size };
+
+	if (size > UINT32_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "%zu bytes at once", size);
+
+	return memory_many(vm, true, &op, 1, err);
+}
+
+enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
+				     const uint16_t *vcpus, size_t count,
+				     bool wait, enum kvmi_status *status,
+				     struct kvmi_error *err)
+{
+	struct pending *window[BATCH_WINDOW];
+	enum kvmi_status result = KVMI_OK;
+	size_t started = 0, finished = 0;
+	bool failed = false;
+
+	if (!vm || (count && !vcpus))
+		return no_vm(err);
+
+	while (finished < count) {
+		struct kvmi_error local = { 0 };
+		enum kvmi_status one = KVMI_OK;
+
+		while (!failed && started < count &&
+		       started - finished < BATCH_WINDOW) {
+			struct kvmi_vm_pause_vcpu request = {
+				.vcpu = vcpus[started], .wait = wait,
+			};
+			const struct iovec part = { &request, sizeof(request) };
+
+			one = vm_start(vm, KVMI_VM_PAUSE_VCPU, &part, 1, NULL,
+				       0, &window[started % BATCH_WINDOW],
+				       &local);
+			if (one != KVMI_OK) {
+				failed = true;
+				break;
+			}
+			started++;
+		}
+		if (finished < started) {
+			one = vm_wait(vm, window[finished % BATCH_WINDOW],
+				      NULL, &local);
+			if (one != KVMI_OK && one < KVMI_ERR_NOT_ALLOWED)
+				failed = true;
+		} else if (one == KVMI_OK) {
+			/* not tried, because of an earlier failure */
+			one = result;
+		}
+		if (status)
+			status[finished] = one;
+		finished++;
+		if (one != KVMI_OK && result == KVMI_OK) {
+			result = one;
+			if (err)
+				*err = local;
+		}
+	}
+
+	return result;
+}
+
+enum kvmi_status kvmi_vm_pause_vcpu(struct kvmi_vm *vm, unsigned int vcpu,
+				    bool wait, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	uint16_t number = vcpu;
+
+	if (status != KVMI_OK)
+		return status;
+
+	return kvmi_vm_pause_vcpus(vm, &number, 1, wait, NULL, err);
+}
+
+enum kvmi_status kvmi_vm_control_cleanup(struct kvmi_vm *vm, bool enable,
+					 struct kvmi_error *err)
+{
+	struct kvmi_vm_control_cleanup request = { .enable = enable };
+
+	if (!vm)
+		return no_vm(err);
+
+	return vm_simple(vm, KVMI_VM_CONTROL_CLEANUP, &request, sizeof(request),
+			 NULL, 0, err);
+}
+
+/* ------------------------------------------------------------------------
+ * vCPU
+ */
+
+enum kvmi_status kvmi_vcpu_get_tsc_speed(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t *hz, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_get_info_reply reply;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!hz)
+		return no_vm(err);
+
+	status = vcpu_simple(vm, vcpu, KVMI_VCPU_GET_INFO, NULL, 0, &reply,
+			     sizeof(reply), err);
+	if (status == KVMI_OK)
+		*hz = reply.tsc_speed;
+
+	return status;
+}
+
+enum kvmi_status kvmi_vcpu_control_events(struct kvmi_vm *vm, unsigned int vcpu,
+					  unsigned int id, bool enable,
+					  struct kvmi_error *err)
+{
+	struct kvmi_vcpu_control_events request = { .event_id = id,
+						    .enable = enable };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (id > UINT16_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "no event %u", id);
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_EVENTS, &request,
+			   sizeof(request), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_get_registers(struct kvmi_vm *vm, unsigned int vcpu,
+					 struct kvmi_registers *state,
+					 const uint32_t *msrs, uint64_t *values,
+					 size_t count, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_get_registers request = { .nmsrs = count };
+	struct kvmi_vcpu_get_registers_reply *reply;
+	struct kvmi_vcpu_hdr header = { .vcpu = vcpu };
+	const struct iovec parts[] = {
+		{ &header, sizeof(header) }, { &request, sizeof(request) },
+		{ (void *)msrs, count * sizeof(*msrs) },
+	};
+	size_t size, i;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!state || (count && (!msrs || !values)))
+		return no_vm(err);
+	if (count > KVMI_MSRS_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "%zu MSRs at once", count);
+
+	size = sizeof(*reply) + count * sizeof(struct kvm_msr_entry);
+	reply = malloc(size);
+	if (!reply)
+		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+
+	status = vm_command(vm, KVMI_VCPU_GET_REGISTERS, parts, 3, reply, size,
+			    size, err);
+	if (status == KVMI_OK && reply->msrs.nmsrs != count)
+		status = vm_break(vm, err, "%u instead of %zu MSRs",
+				  reply->msrs.nmsrs, count);
+	if (status == KVMI_OK) {
+		memset(state, 0, sizeof(*state));
+		state->mode = reply->mode;
+		state->regs = reply->regs;
+		state->sregs = reply->sregs;
+		for (i = 0; i < count; i++)
+			values[i] = reply->msrs.entries[i].data;
+	}
+	free(reply);
+
+	return status;
+}
+
+enum kvmi_status kvmi_vcpu_set_registers(struct kvmi_vm *vm, unsigned int vcpu,
+					 const struct kvm_regs *regs,
+					 struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvm_regs copy;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!regs)
+		return fail(err, KVMI_ERR_ARGUMENT, "no registers");
+	copy = *regs;
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_SET_REGISTERS, &copy,
+			   sizeof(copy), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_translate(struct kvmi_vm *vm, unsigned int vcpu,
+				     uint64_t gva, uint64_t *gpa,
+				     struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_translate_gva request = { .gva = gva };
+	struct kvmi_vcpu_translate_gva_reply reply;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!gpa)
+		return no_vm(err);
+
+	status = vcpu_simple(vm, vcpu, KVMI_VCPU_TRANSLATE_GVA, &request,
+			     sizeof(request), &reply, sizeof(reply), err);
+	if (status != KVMI_OK)
+		return status;
+	if (reply.gpa == UINT64_MAX)
+		return fail(err, KVMI_ERR_UNMAPPED,
+			    "vCPU %u has nothing mapped at 0x%llx", vcpu,
+			    (unsigned long long)gva);
+	*gpa = reply.gpa;
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status virtual(struct kvmi_vm *vm, unsigned int vcpu,
+				uint64_t gva, void *data, size_t size,
+				bool write, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (size && (!data || gva + (size - 1) < gva))
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no data, or beyond the end of all addresses");
+
+	while (size && status == KVMI_OK) {
+		struct kvmi_memory_op op = { .data = data };
+		size_t part = PAGE_SIZE - gva % PAGE_SIZE;
+
+		if (part > size)
+			part = size;
+		op.size = part;
+		status = kvmi_vcpu_translate(vm, vcpu, gva, &op.gpa, err);
+		if (status == KVMI_OK)
+			status = memory_many(vm, write, &op, 1, err);
+		gva += part;
+		data = (uint8_t *)data + part;
+		size -= part;
+	}
+
+	return status;
+}
+
+enum kvmi_status kvmi_vcpu_read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
+					uint64_t gva, void *data, size_t size,
+					struct kvmi_error *err)
+{
+	return virtual(vm, vcpu, gva, data, size, false, err);
+}
+
+enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t gva, const void *data,
+					 size_t size, struct kvmi_error *err)
+{
+	return virtual(vm, vcpu, gva, (void *)data, size, true, err);
+}

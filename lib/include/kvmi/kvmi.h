@@ -1,0 +1,465 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * libkvmi-2: watch and change virtual machines through KVM introspection.
+ *
+ * A tool listens on a socket; QEMU (-object kvmi) connects to it, once for
+ * each VM and again whenever the VM resumes:
+ *
+ *	listener = kvmi_listener_new_unix("/run/kvmi.sock", 0, &err);
+ *	... poll kvmi_listener_fd(listener) for POLLIN ...
+ *	kvmi_listener_accept(listener, &vm, &err);
+ *	kvmi_vm_connect(vm, commands, events, &err);
+ *	kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &err);
+ *	kvmi_vcpu_control_events(vm, 0, KVMI_EV_BREAKPOINT, true, &err);
+ *	for (;;) {
+ *		struct kvmi_vm_event *ev;
+ *
+ *		kvmi_vm_wait_event(vm, 1000, &ev, &err);
+ *		...
+ *		kvmi_vm_reply(vm, ev, KVMI_ACTION_CONTINUE, &err);
+ *		kvmi_vm_event_free(ev);
+ *	}
+ *
+ * UNHOOK.  KVMI_EV_UNHOOK says that the VM is about to be paused, saved or
+ * migrated.  Take out of the guest whatever was put into it, answer all open
+ * events, then call kvmi_vm_close().  QEMU waits for this, but not for long
+ * (5 s unless told otherwise).  The VM connects again when it runs again.
+ *
+ * ERRORS.  Functions that can fail return a kvmi_status; KVMI_OK is 0.  The
+ * last argument, which may be NULL, gets the same status, the numbers behind
+ * it and a sentence for humans.  It is not touched on success.
+ *
+ * TIME.  All times are in milliseconds.  Nothing here waits for longer than
+ * the handle's timeout (kvmi_vm_set_timeout(), 5000 at first) without the
+ * other side making progress.  Commands to a vCPU (kvmi_vcpu_*) are answered
+ * by the thread of that vCPU, so they time out while the VM is paused.  After
+ * KVMI_ERR_TIMEOUT the handle is still good: a late answer is thrown away.
+ *
+ * UNITS.  Addresses and sizes are in bytes.  A gpa is a guest-physical
+ * address, a gva is a virtual one.  vCPUs are counted from 0, in the order of
+ * their creation; the number is not an APIC id.
+ *
+ * OWNERSHIP.  What a function hands out through a struct xxx ** belongs to
+ * the caller, who gives it back to xxx_free() or xxx_close(); those take NULL.
+ * Buffers given to a function are not used any more once it has returned.
+ *
+ * THREADS.  The library has no threads, no global state, installs no signal
+ * handlers and never raises SIGPIPE.  Different handles can be used by
+ * different threads at once; one handle by one thread at a time.  An event
+ * does not depend on the handle it came from, except to be answered.
+ *
+ * The peer is not trusted: all it sends is checked, and what it can make the
+ * library store is bounded.  Events are stored at most one for each vCPU
+ * (KVM never sends more before a reply) and one UNHOOK.
+ */
+#ifndef KVMI_KVMI_H
+#define KVMI_KVMI_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <asm/kvm.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum kvmi_status {
+	KVMI_OK = 0,
+
+	/* Found on this side */
+	KVMI_ERR_ARGUMENT = 1,	/* the caller made a mistake; nothing was sent */
+	KVMI_ERR_SYSTEM = 2,	/* a system call failed: see sys_errno */
+	KVMI_ERR_TIMEOUT = 3,	/* no answer in time */
+	KVMI_ERR_CLOSED = 4,	/* the other side closed the connection */
+	KVMI_ERR_PROTOCOL = 5,	/* the other side broke the protocol; the
+				   connection has been shut down */
+	KVMI_ERR_NOTHING = 6,	/* nothing there: no connection, no event */
+	KVMI_ERR_LIMIT = 7,	/* too many commands without an answer */
+	KVMI_ERR_UNMAPPED = 8,	/* no such virtual address in the guest */
+	KVMI_ERR_ANSWERED = 9,	/* this event has been answered already */
+
+	/* Said by KVM: see kvm_error */
+	KVMI_ERR_NOT_ALLOWED = 32,	/* QEMU does not allow it */
+	KVMI_ERR_NOT_FOUND = 33,	/* no such memory, command or event */
+	KVMI_ERR_NOT_STARTED = 34,	/* the guest has not started that vCPU */
+	KVMI_ERR_NO_MEMORY = 35,
+	KVMI_ERR_BUSY = 36,
+	KVMI_ERR_INVALID = 37,		/* KVM rejected the arguments */
+	KVMI_ERR_NOT_SUPPORTED = 38,
+	KVMI_ERR_UNKNOWN = 39,		/* this KVM has no such command */
+	KVMI_ERR_KVM = 40,		/* any other */
+};
+
+struct kvmi_error {
+	enum kvmi_status status;
+	int sys_errno;		/* of a failed system call, else 0 */
+	int kvm_error;		/* KVM_E* of linux/kvm_para.h, else 0 */
+	int reserved;
+	char message[240];	/* one line, no full stop, always terminated */
+};
+
+/* "timeout", "not-allowed", ...; never NULL */
+const char *kvmi_status_name(enum kvmi_status status);
+
+/* Commands, as QEMU's allow-list knows them.  The numbers are the protocol's. */
+enum kvmi_command {
+	KVMI_CMD_GET_VERSION = 2,
+	KVMI_CMD_VM_CHECK_COMMAND = 4,
+	KVMI_CMD_VM_CHECK_EVENT = 6,
+	KVMI_CMD_VM_GET_INFO = 8,
+	KVMI_CMD_VM_CONTROL_EVENTS = 10,
+	KVMI_CMD_VM_READ_PHYSICAL = 12,
+	KVMI_CMD_VM_WRITE_PHYSICAL = 14,
+	KVMI_CMD_VM_PAUSE_VCPU = 16,
+	KVMI_CMD_VM_CONTROL_CLEANUP = 18,
+	KVMI_CMD_VM_SET_PAGE_ACCESS = 20,
+	KVMI_CMD_VCPU_GET_INFO = 3,
+	KVMI_CMD_VCPU_CONTROL_EVENTS = 5,
+	KVMI_CMD_VCPU_GET_REGISTERS = 7,
+	KVMI_CMD_VCPU_SET_REGISTERS = 9,
+	KVMI_CMD_VCPU_GET_CPUID = 11,
+	KVMI_CMD_VCPU_CONTROL_CR = 13,
+	KVMI_CMD_VCPU_INJECT_EXCEPTION = 15,
+	KVMI_CMD_VCPU_GET_XCR = 17,
+	KVMI_CMD_VCPU_GET_XSAVE = 19,
+	KVMI_CMD_VCPU_SET_XSAVE = 21,
+	KVMI_CMD_VCPU_GET_MTRR_TYPE = 23,
+	KVMI_CMD_VCPU_CONTROL_MSR = 25,
+	KVMI_CMD_VCPU_CONTROL_SINGLESTEP = 27,
+	KVMI_CMD_VCPU_TRANSLATE_GVA = 29,
+};
+
+enum kvmi_event_id {
+	KVMI_EV_UNHOOK = 0,	/* the only one of the VM, not of a vCPU */
+	KVMI_EV_PAUSE = 1,
+	KVMI_EV_HYPERCALL = 3,
+	KVMI_EV_BREAKPOINT = 5,
+	KVMI_EV_CR = 7,
+	KVMI_EV_TRAP = 9,
+	KVMI_EV_XSETBV = 11,
+	KVMI_EV_DESCRIPTOR = 13,
+	KVMI_EV_MSR = 15,
+	KVMI_EV_PF = 17,
+	KVMI_EV_SINGLESTEP = 19,
+};
+
+/* For the sets of kvmi_vm_connect() */
+#define KVMI_SET(id) (UINT64_C(1) << (id))
+
+/* "vm-read-physical", "breakpoint", ...; NULL if there is no such */
+const char *kvmi_command_name(unsigned int id);
+const char *kvmi_event_name(unsigned int id);
+
+/* ------------------------------------------------------------------------
+ * Listening
+ */
+
+struct kvmi_listener;
+struct kvmi_vm;
+
+/*
+ * Listens on a unix socket.  A socket nobody listens on any more is replaced;
+ * one that is in use, or a path that is anything but a socket, is an error.
+ * mode holds the permission bits of the new socket; 0 means 0600.
+ * Returns NULL on failure.
+ */
+struct kvmi_listener *kvmi_listener_new_unix(const char *path, unsigned int mode,
+					     struct kvmi_error *err);
+
+/*
+ * The secret that QEMU's key= property names.  The answer to every later
+ * handshake has its SHA-1 hash, as QEMU's older handshake wants it.
+ * size 0: no secret (as at first).
+ */
+enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
+				       const void *key, size_t size,
+				       struct kvmi_error *err);
+
+/* To be polled for POLLIN.  Belongs to the listener. */
+int kvmi_listener_fd(const struct kvmi_listener *listener);
+
+/*
+ * Takes a connection.  Does not wait: KVMI_ERR_NOTHING if there is none.
+ * Nothing was received from the peer yet: kvmi_vm_connect() comes next.
+ */
+enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
+				      struct kvmi_vm **vm,
+				      struct kvmi_error *err);
+
+/* Also deletes the socket, if it is still the one that was made here.
+ * Connections live on. */
+void kvmi_listener_free(struct kvmi_listener *listener);
+
+/* ------------------------------------------------------------------------
+ * Connections
+ */
+
+/*
+ * The same for a stream socket that comes from elsewhere; key as above.
+ * The handle owns fd from then on (not on failure).
+ */
+struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
+			    struct kvmi_error *err);
+
+/* Closes the connection; KVM stops sending events and lets all vCPUs go on. */
+void kvmi_vm_close(struct kvmi_vm *vm);
+
+/* ms > 0: how long a call may wait without any progress */
+enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
+				     struct kvmi_error *err);
+
+/*
+ * Waits for the handshake, checks the version of the protocol, then waits
+ * until all of the given commands and events are allowed: QEMU allows them
+ * only after the handshake.  Both are sets of KVMI_SET(id).
+ * KVMI_ERR_NOT_ALLOWED names the first that is still not allowed at the end
+ * of the timeout; the handle can be used nevertheless.
+ */
+enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
+				 uint64_t events, struct kvmi_error *err);
+
+/* What QEMU said in the handshake */
+struct kvmi_vm_hello {
+	uint8_t uuid[16];
+	int64_t start_time;	/* Unix time of the last start or reset, in s */
+	uint64_t max_gpa;	/* end of the guest's memory; 0: not told */
+	char name[64];		/* terminated; "" if the VM has none */
+};
+
+/* What KVM said of itself */
+struct kvmi_vm_version {
+	uint32_t version;
+	uint32_t max_message;	/* in bytes, without the header */
+	bool singlestep;
+};
+
+/* Both are zero before kvmi_vm_connect().  They live as long as vm. */
+const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm);
+const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm);
+
+/* ------------------------------------------------------------------------
+ * Events
+ */
+
+enum kvmi_action {
+	KVMI_ACTION_CONTINUE = 0, /* as if the event had not been asked for */
+	KVMI_ACTION_RETRY = 1,	/* run again from RIP (breakpoints) */
+	KVMI_ACTION_CRASH = 2,	/* stop the VM */
+};
+
+/* State of a vCPU */
+struct kvmi_registers {
+	uint32_t mode;		/* width of the running code: 2, 4 or 8 bytes */
+	uint32_t reserved;
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+};
+
+/* MSRs that come with each event */
+struct kvmi_event_msrs {
+	uint64_t sysenter_cs;
+	uint64_t sysenter_esp;
+	uint64_t sysenter_eip;
+	uint64_t efer;
+	uint64_t star;
+	uint64_t lstar;
+	uint64_t cstar;
+	uint64_t pat;
+	uint64_t shadow_gs;
+};
+
+/* Only the library makes these: later versions may append fields. */
+struct kvmi_vm_event {
+	enum kvmi_event_id id;
+	uint32_t seq;
+	uint16_t vcpu;		/* the rest is 0 in KVMI_EV_UNHOOK */
+	uint16_t data_size;	/* bytes used in the union */
+	struct kvmi_registers state;
+	struct kvmi_event_msrs msrs;
+	union {
+		struct {
+			uint64_t gpa;	/* all ones: not known */
+			uint8_t insn_len;
+		} breakpoint;
+		uint8_t data[64];	/* of other events: as on the wire */
+	};
+};
+
+/*
+ * For event loops: poll kvmi_vm_fd() for kvmi_vm_poll_events() (POLLIN,
+ * perhaps POLLOUT), call kvmi_vm_process(), then kvmi_vm_next_event() until
+ * it returns NULL.  Any other function may put events into the queue as well,
+ * so empty it before each poll().
+ */
+int kvmi_vm_fd(const struct kvmi_vm *vm);
+short kvmi_vm_poll_events(const struct kvmi_vm *vm);
+
+/*
+ * Receives and sends what can be without waiting.  KVMI_ERR_CLOSED and other
+ * failures do not empty the queue.
+ */
+enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err);
+
+/* The oldest event, or NULL.  Neither receives nor waits. */
+struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm);
+
+/*
+ * All in one: waits at most ms (0: not at all) for an event.
+ * KVMI_ERR_NOTHING: none came.
+ */
+enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
+				    struct kvmi_vm_event **event,
+				    struct kvmi_error *err);
+
+void kvmi_vm_event_free(struct kvmi_vm_event *event);
+
+/*
+ * Answers an event, which its vCPU is waiting for; in any order, once.
+ * UNHOOK has no answer.  Not for CR and MSR, whose answers have data.
+ * Does not wait for KVM.
+ */
+enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
+			       const struct kvmi_vm_event *event,
+			       enum kvmi_action action, struct kvmi_error *err);
+
+/*
+ * kvmi_vcpu_set_registers() and kvmi_vm_reply() in one go: the vCPU runs on
+ * after one message to KVM instead of after three.
+ * If setting the registers fails, the event has been answered all the same.
+ */
+enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
+					      const struct kvmi_vm_event *event,
+					      enum kvmi_action action,
+					      const struct kvm_regs *regs,
+					      struct kvmi_error *err);
+
+/* ------------------------------------------------------------------------
+ * Commands to the VM
+ */
+
+/* KVMI_ERR_NOT_FOUND: no such; KVMI_ERR_NOT_ALLOWED: not allowed by QEMU */
+enum kvmi_status kvmi_vm_check_command(struct kvmi_vm *vm, unsigned int id,
+				       struct kvmi_error *err);
+enum kvmi_status kvmi_vm_check_event(struct kvmi_vm *vm, unsigned int id,
+				     struct kvmi_error *err);
+
+enum kvmi_status kvmi_vm_get_vcpu_count(struct kvmi_vm *vm, unsigned int *count,
+					struct kvmi_error *err);
+
+/* Events of the VM: KVMI_EV_UNHOOK */
+enum kvmi_status kvmi_vm_control_events(struct kvmi_vm *vm, unsigned int id,
+					bool enable, struct kvmi_error *err);
+
+/*
+ * Any address and size.  KVMI_ERR_NOT_FOUND if there is no memory at a part of
+ * it: those before it may have been written (or read) by then.
+ */
+enum kvmi_status kvmi_vm_read_physical(struct kvmi_vm *vm, uint64_t gpa,
+				       void *data, size_t size,
+				       struct kvmi_error *err);
+enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
+					const void *data, size_t size,
+					struct kvmi_error *err);
+
+/*
+ * Many at a time: up to 32 are on their way at once, in the given order.
+ * Each op gets its status; all are tried unless the connection fails, and
+ * those that were not tried then hold that failure.
+ * Returns the first failure.
+ */
+struct kvmi_memory_op {
+	uint64_t gpa;
+	void *data;		/* not written to by kvmi_vm_write_many() */
+	uint32_t size;
+	enum kvmi_status status;
+};
+
+enum kvmi_status kvmi_vm_read_many(struct kvmi_vm *vm,
+				   struct kvmi_memory_op *ops, size_t count,
+				   struct kvmi_error *err);
+enum kvmi_status kvmi_vm_write_many(struct kvmi_vm *vm,
+				    struct kvmi_memory_op *ops, size_t count,
+				    struct kvmi_error *err);
+
+/*
+ * Asks a vCPU to send one KVMI_EV_PAUSE, which holds it until it is answered.
+ * wait: return only when it runs no guest code any more.  Its event can come
+ * before or after that.  A vCPU that waits for the answer to another event
+ * sends its PAUSE after it.
+ */
+enum kvmi_status kvmi_vm_pause_vcpu(struct kvmi_vm *vm, unsigned int vcpu,
+				    bool wait, struct kvmi_error *err);
+
+/*
+ * The same for several, all asked before the first answer is waited for.
+ * status (NULL or count elements) gets the result of each.
+ */
+enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
+				     const uint16_t *vcpus, size_t count,
+				     bool wait, enum kvmi_status *status,
+				     struct kvmi_error *err);
+
+/* Whether KVM undoes interceptions when the connection ends (default: yes) */
+enum kvmi_status kvmi_vm_control_cleanup(struct kvmi_vm *vm, bool enable,
+					 struct kvmi_error *err);
+
+/* ------------------------------------------------------------------------
+ * Commands to a vCPU
+ */
+
+/* In Hz; 0 if the host cannot scale the time-stamp counter */
+enum kvmi_status kvmi_vcpu_get_tsc_speed(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t *hz, struct kvmi_error *err);
+
+/*
+ * KVMI_EV_BREAKPOINT: KVMI_ERR_BUSY if it is already so, or if a debugger uses
+ * QEMU's gdb stub.
+ */
+enum kvmi_status kvmi_vcpu_control_events(struct kvmi_vm *vm, unsigned int vcpu,
+					  unsigned int id, bool enable,
+					  struct kvmi_error *err);
+
+/*
+ * msrs holds the numbers of count MSRs, values gets theirs; count at most
+ * KVMI_MSRS_MAX.  One that cannot be read fails the whole.
+ */
+#define KVMI_MSRS_MAX 481
+
+enum kvmi_status kvmi_vcpu_get_registers(struct kvmi_vm *vm, unsigned int vcpu,
+					 struct kvmi_registers *state,
+					 const uint32_t *msrs, uint64_t *values,
+					 size_t count, struct kvmi_error *err);
+
+/*
+ * Only while the vCPU waits for the answer to an event, else
+ * KVMI_ERR_NOT_SUPPORTED.  Takes effect with the answer.
+ */
+enum kvmi_status kvmi_vcpu_set_registers(struct kvmi_vm *vm, unsigned int vcpu,
+					 const struct kvm_regs *regs,
+					 struct kvmi_error *err);
+
+/*
+ * Through the page tables the vCPU uses now; KVMI_ERR_UNMAPPED if they have
+ * nothing there.
+ */
+enum kvmi_status kvmi_vcpu_translate(struct kvmi_vm *vm, unsigned int vcpu,
+				     uint64_t gva, uint64_t *gpa,
+				     struct kvmi_error *err);
+
+/*
+ * Any address and size; no permissions are checked.  Pages before the one
+ * that fails have been read (or written) then.
+ */
+enum kvmi_status kvmi_vcpu_read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
+					uint64_t gva, void *data, size_t size,
+					struct kvmi_error *err);
+enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t gva, const void *data,
+					 size_t size, struct kvmi_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KVMI_KVMI_H */

@@ -1,0 +1,169 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KVMI_INTERNAL_H
+#define KVMI_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include <kvmi/kvmi.h>
+#include <linux/kvmi.h>
+
+/*
+ * How many commands of a batch are on their way at once.  Enough to hide the
+ * latency, too few to fill the socket's buffers with their answers.
+ */
+#define BATCH_WINDOW 32
+
+/* The same with those that timed out and whose answer may still come */
+#define MAX_PENDING 128
+
+/* KVM has fewer vCPUs than that */
+#define MAX_VCPUS 8192
+
+#define HELLO_MIN_SIZE 96	/* without max_gpa */
+#define HELLO_MAX_SIZE 65536
+
+#define SHA1_SIZE 20
+
+#define INPUT_SIZE 65536
+
+/* The handshake; see docs of QEMU's kvmi object.  Host byte order. */
+struct wire_hello {
+	uint32_t struct_size;
+	uint8_t uuid[16];
+	uint32_t padding;
+	int64_t start_time;
+	char name[64];
+	uint64_t max_gpa;
+};
+
+struct wire_hello_answer {
+	uint32_t struct_size;
+	uint8_t cookie_hash[SHA1_SIZE];
+};
+
+enum pending_state {
+	PENDING_FREE = 0,
+	PENDING_WAITING,
+	PENDING_DONE,
+	PENDING_ABANDONED,	/* nobody waits for the answer any more */
+};
+
+/* A command that was sent */
+struct pending {
+	enum pending_state state;
+	uint16_t id;
+	uint32_t seq;
+	int32_t error;		/* KVM's, positive */
+	void *data;		/* what comes after kvmi_error_code goes here */
+	size_t capacity;
+	size_t size;		/* of what came, may be > capacity */
+	size_t tag;		/* the caller's */
+};
+
+struct queued_event {
+	struct kvmi_vm_event event;	/* first: the caller frees this */
+	struct queued_event *next;
+};
+
+/* The event each vCPU waits for an answer to */
+struct open_event {
+	bool open;
+	uint16_t id;
+	uint32_t seq;
+};
+
+enum vm_state {
+	VM_HELLO,		/* waiting for QEMU's part of the handshake */
+	VM_RUNNING,
+	VM_BROKEN,		/* closed or failed: see broken */
+};
+
+struct kvmi_vm {
+	int fd;
+	int timeout;		/* ms */
+	enum vm_state state;
+	struct kvmi_error broken;
+
+	uint8_t cookie_hash[SHA1_SIZE];
+	size_t hello_size;	/* 0 until known */
+	size_t hello_got;
+	struct kvmi_vm_hello hello;
+	struct kvmi_vm_version version;
+
+	uint32_t seq;
+	struct pending pending[MAX_PENDING];
+
+	/* bytes received, not looked at: input[input_start, input_end) */
+	size_t input_start;
+	size_t input_end;
+	uint8_t *input;
+
+	/* bytes to be sent: output[output_start, output_end) */
+	size_t output_start;
+	size_t output_end;
+	size_t output_capacity;
+	uint8_t *output;
+
+	struct queued_event *first_event;
+	struct queued_event **last_event;
+	bool unhook_queued;
+
+	struct open_event *open;
+	size_t open_count;
+};
+
+/* names.c */
+enum kvmi_status fail(struct kvmi_error *err, enum kvmi_status status,
+		      const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+/* Appends the text of errno */
+enum kvmi_status fail_errno(struct kvmi_error *err, int number,
+			    const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+enum kvmi_status fail_kvm(struct kvmi_error *err, unsigned int command,
+			  int kvm_error);
+enum kvmi_status status_of_kvm(int kvm_error);
+
+/* sha1.c */
+void sha1(const void *data, size_t size, uint8_t digest[SHA1_SIZE]);
+
+/* vm.c */
+int64_t now_ms(void);
+struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
+		       struct kvmi_error *err);
+
+/*
+ * Sends a command without waiting for the answer; parts is what follows
+ * kvmi_msg_hdr.  data must stay valid until vm_wait() or vm_abandon().
+ */
+enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
+			  const struct iovec *parts, int part_count,
+			  void *data, size_t capacity, struct pending **pending,
+			  struct kvmi_error *err);
+/* Sends all that was started; vm_wait() and vm_pump() do it too */
+enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
+/* One round of sending and receiving, waiting at most until the deadline */
+enum kvmi_status vm_pump(struct kvmi_vm *vm, int64_t deadline,
+			 struct kvmi_error *err);
+/* Waits for the answer and frees pending whatever happens */
+enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
+			 size_t *size, struct kvmi_error *err);
+void vm_abandon(struct kvmi_vm *vm, struct pending *pending);
+/* vm_start() and vm_wait(); the answer must have at least `least' bytes */
+enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
+			    const struct iovec *parts, int part_count,
+			    void *data, size_t capacity, size_t least,
+			    struct kvmi_error *err);
+/* Ends the connection because of what the peer sent */
+enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
+			  const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+/* Appends a message that has no answer */
+enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
+			 const struct iovec *parts, int part_count,
+			 struct kvmi_error *err);
+
+#endif

@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+struct kvmi_listener {
+	int fd;
+	uint8_t cookie_hash[SHA1_SIZE];
+	/* what is to be deleted at the end */
+	dev_t device;
+	ino_t inode;
+	struct sockaddr_un address;
+};
+
+/*
+ * Makes place for the new socket.  Only a socket that refuses connections,
+ * thus was left behind, is deleted.
+ */
+static enum kvmi_status remove_stale(const struct sockaddr_un *address,
+				     struct kvmi_error *err)
+{
+	const char *path = address->sun_path;
+	enum kvmi_status status = KVMI_OK;
+	struct stat info;
+	int fd;
+
+	if (lstat(path, &info)) {
+		if (errno == ENOENT)
+			return KVMI_OK;
+		return fail_errno(err, errno, "%s", path);
+	}
+	if (!S_ISSOCK(info.st_mode))
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "%s exists and is not a socket; not touching it",
+			    path);
+
+	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return fail_errno(err, errno, "socket");
+	/* a full backlog (EAGAIN) is a sign of life, too */
+	if (!connect(fd, (const struct sockaddr *)address, sizeof(*address)) ||
+	    errno == EAGAIN)
+		status = fail(err, KVMI_ERR_ARGUMENT,
+			      "%s: another program is listening there", path);
+	else if (errno != ECONNREFUSED)
+		status = fail_errno(err, errno, "%s", path);
+	else if (unlink(path) && errno != ENOENT)
+		status = fail_errno(err, errno, "deleting the stale socket %s",
+				    path);
+	close(fd);
+
+	return status;
+}
+
+struct kvmi_listener *kvmi_listener_new_unix(const char *path, unsigned int mode,
+					     struct kvmi_error *err)
+{
+	struct kvmi_listener *listener;
+	struct stat info;
+	int error;
+
+	if (!path || !*path || mode > 0777) {
+		fail(err, KVMI_ERR_ARGUMENT, "no path, or a mode above 0777");
+		return NULL;
+	}
+	if (!mode)
+		mode = 0600;
+
+	listener = calloc(1, sizeof(*listener));
+	if (!listener) {
+		fail_errno(err, ENOMEM, "listening");
+		return NULL;
+	}
+	listener->fd = -1;
+	listener->address.sun_family = AF_UNIX;
+	if (strlen(path) >= sizeof(listener->address.sun_path)) {
+		fail(err, KVMI_ERR_ARGUMENT,
+		     "the path of a unix socket has at most %zu bytes: %s",
+		     sizeof(listener->address.sun_path) - 1, path);
+		goto failed;
+	}
+	strcpy(listener->address.sun_path, path);
+
+	if (remove_stale(&listener->address, err) != KVMI_OK)
+		goto failed;
+
+	listener->fd = socket(AF_UNIX,
+			      SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (listener->fd < 0) {
+		fail_errno(err, errno, "socket");
+		goto failed;
+	}
+	/*
+	 * On Linux this sets the mode the socket is born with (the umask may
+	 * take more away), so that there is no moment in which it is open to
+	 * others.
+	 */
+	if (fchmod(listener->fd, mode)) {
+		fail_errno(err, errno, "fchmod of a socket");
+		goto failed;
+	}
+	if (bind(listener->fd, (struct sockaddr *)&listener->address,
+		 sizeof(listener->address))) {
+		fail_errno(err, errno, "%s", path);
+		goto failed;
+	}
+	if (lstat(path, &info) || chmod(path, mode) ||
+	    listen(listener->fd, 128)) {
+		error = errno;
+		unlink(path);
+		fail_errno(err, error, "%s", path);
+		goto failed;
+	}
+	listener->device = info.st_dev;
+	listener->inode = info.st_ino;
+
+	return listener;
+
+failed:
+	if (listener->fd >= 0)
+		close(listener->fd);
+	free(listener);
+
+	return NULL;
+}
+
+enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
+				       const void *key, size_t size,
+				       struct kvmi_error *err)
+{
+	if (!listener || (size && !key))
+		return fail(err, KVMI_ERR_ARGUMENT, "no listener or no key");
+
+	memset(listener->cookie_hash, 0, SHA1_SIZE);
+	if (size)
+		sha1(key, size, listener->cookie_hash);
+
+	return KVMI_OK;
+}
+
+int kvmi_listener_fd(const struct kvmi_listener *listener)
+{
+	return listener ? listener->fd : -1;
+}
+
+enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
+				      struct kvmi_vm **vm,
+				      struct kvmi_error *err)
+{
+	int fd;
+
+	if (!listener || !vm)
+		return fail(err, KVMI_ERR_ARGUMENT, "no listener or no vm");
+	*vm = NULL;
+
+	do {
+		fd = accept4(listener->fd, NULL, NULL,
+			     SOCK_CLOEXEC | SOCK_NONBLOCK);
+	} while (fd < 0 && errno == EINTR);
+	if (fd < 0) {
+		if (errno == EAGAIN || errno == EWOULDBLOCK ||
+		    errno == ECONNABORTED)
+			return fail(err, KVMI_ERR_NOTHING,
+				    "nobody is connecting");
+		return fail_errno(err, errno, "accept");
+	}
+
+	*vm = vm_new(fd, listener->cookie_hash, err);
+	if (!*vm) {
+		close(fd);
+		return KVMI_ERR_SYSTEM;
+	}
+
+	return KVMI_OK;
+}
+
+void kvmi_listener_free(struct kvmi_listener *listener)
+{
+	struct stat info;
+
+	if (!listener)
+		return;
+
+	if (!lstat(listener->address.sun_path, &info) &&
+	    info.st_dev == listener->device && info.st_ino == listener->inode)
+		unlink(listener->address.sun_path);
+	close(listener->fd);
+	explicit_bzero(listener, sizeof(*listener));
+	free(listener);
+}

@@ -1,0 +1,880 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A connection: bytes in, bytes out, answers to their commands, events to
+ * the queue.
+ *
+ * The socket is non-blocking.  Whoever waits for something (vm_pump()) both
+ * sends and receives, so that neither side can wait for the other to read.
+ */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define DEFAULT_TIMEOUT_MS 5000
+
+_Static_assert(sizeof(struct wire_hello) == 104, "handshake");
+_Static_assert(sizeof(struct wire_hello_answer) == 24, "handshake");
+_Static_assert(sizeof(struct kvmi_vcpu_event) == 544, "events");
+
+int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static enum kvmi_status copy_broken(const struct kvmi_vm *vm,
+				    struct kvmi_error *err)
+{
+	if (err)
+		*err = vm->broken;
+
+	return vm->broken.status;
+}
+
+/* No more bytes in either direction; the fd stays for poll() until the end */
+static void disconnect(struct kvmi_vm *vm)
+{
+	shutdown(vm->fd, SHUT_RDWR);
+	vm->state = VM_BROKEN;
+	vm->input_start = vm->input_end = 0;
+	vm->output_start = vm->output_end = 0;
+}
+
+enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
+			  const char *format, ...)
+{
+	char text[160];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+
+	fail(&vm->broken, KVMI_ERR_PROTOCOL, "protocol error: %s", text);
+	disconnect(vm);
+
+	return copy_broken(vm, err);
+}
+
+static enum kvmi_status broken_by_system(struct kvmi_vm *vm,
+					 struct kvmi_error *err, int number,
+					 const char *what)
+{
+	fail_errno(&vm->broken, number, "%s", what);
+	disconnect(vm);
+
+	return copy_broken(vm, err);
+}
+
+static enum kvmi_status closed_by_peer(struct kvmi_vm *vm,
+				       struct kvmi_error *err)
+{
+	if (vm->state == VM_HELLO)
+		fail(&vm->broken, KVMI_ERR_CLOSED,
+		     "the other side closed the connection before the handshake");
+	else if (!vm->version.version)
+		fail(&vm->broken, KVMI_ERR_CLOSED,
+		     "QEMU closed the connection after the handshake: wrong key, or KVM could not be hooked (QEMU's own messages say which)");
+	else
+		fail(&vm->broken, KVMI_ERR_CLOSED,
+		     "QEMU or KVM closed the connection");
+	disconnect(vm);
+
+	return copy_broken(vm, err);
+}
+
+struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
+		       struct kvmi_error *err)
+{
+	struct kvmi_vm *vm = calloc(1, sizeof(*vm));
+
+	if (vm)
+		vm->input = malloc(INPUT_SIZE);
+	if (!vm || !vm->input) {
+		free(vm);
+		fail_errno(err, ENOMEM, "a connection");
+		return NULL;
+	}
+
+	vm->fd = fd;
+	vm->timeout = DEFAULT_TIMEOUT_MS;
+	vm->state = VM_HELLO;
+	vm->last_event = &vm->first_event;
+	memcpy(vm->cookie_hash, cookie_hash, SHA1_SIZE);
+
+	return vm;
+}
+
+struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
+			    struct kvmi_error *err)
+{
+	uint8_t hash[SHA1_SIZE] = { 0 };
+	int type = 0, flags;
+	socklen_t size = sizeof(type);
+
+	if (key_size && !key) {
+		fail(err, KVMI_ERR_ARGUMENT, "no key");
+		return NULL;
+	}
+	if (getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size)) {
+		fail_errno(err, errno, "file descriptor %d", fd);
+		return NULL;
+	}
+	if (type != SOCK_STREAM) {
+		fail(err, KVMI_ERR_ARGUMENT, "not a stream socket");
+		return NULL;
+	}
+	flags = fcntl(fd, F_GETFL);
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) ||
+	    fcntl(fd, F_SETFD, FD_CLOEXEC)) {
+		fail_errno(err, errno, "file descriptor %d", fd);
+		return NULL;
+	}
+	if (key_size)
+		sha1(key, key_size, hash);
+
+	return vm_new(fd, hash, err);
+}
+
+/* ------------------------------------------------------------------------
+ * Out
+ */
+
+/* Sends what the socket takes */
+static enum kvmi_status send_some(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	while (vm->output_start < vm->output_end) {
+		ssize_t sent = send(vm->fd, vm->output + vm->output_start,
+				    vm->output_end - vm->output_start,
+				    MSG_NOSIGNAL | MSG_DONTWAIT);
+
+		if (sent > 0) {
+			vm->output_start += sent;
+			continue;
+		}
+		if (sent < 0 && errno == EINTR)
+			continue;
+		if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+			return KVMI_OK;
+		if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) {
+			/*
+			 * There may be something left to be received; its end
+			 * will tell that the connection is closed.
+			 */
+			break;
+		}
+		return broken_by_system(vm, err, errno, "sending");
+	}
+	vm->output_start = vm->output_end = 0;
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status append(struct kvmi_vm *vm, const void *data,
+			       size_t size, struct kvmi_error *err)
+{
+	if (vm->output_capacity - vm->output_end < size && vm->output_start) {
+		memmove(vm->output, vm->output + vm->output_start,
+			vm->output_end - vm->output_start);
+		vm->output_end -= vm->output_start;
+		vm->output_start = 0;
+	}
+	if (vm->output_capacity - vm->output_end < size) {
+		size_t capacity = 2 * (vm->output_end + size) + 4096;
+		uint8_t *output = realloc(vm->output, capacity);
+
+		if (!output)
+			return broken_by_system(vm, err, ENOMEM, "sending");
+		vm->output = output;
+		vm->output_capacity = capacity;
+	}
+	if (size)
+		memcpy(vm->output + vm->output_end, data, size);
+	vm->output_end += size;
+
+	return KVMI_OK;
+}
+
+enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
+			 const struct iovec *parts, int part_count,
+			 struct kvmi_error *err)
+{
+	struct kvmi_msg_hdr header = { .id = id, .seq = seq };
+	enum kvmi_status status;
+	size_t size = 0;
+	int i;
+
+	for (i = 0; i < part_count; i++)
+		size += parts[i].iov_len;
+	if (size > KVMI_MAX_MSG_SIZE)
+		return fail(err, KVMI_ERR_ARGUMENT, "message too long");
+	header.size = size;
+
+	status = append(vm, &header, sizeof(header), err);
+	for (i = 0; i < part_count && status == KVMI_OK; i++)
+		status = append(vm, parts[i].iov_base, parts[i].iov_len, err);
+
+	return status;
+}
+
+/* ------------------------------------------------------------------------
+ * In
+ */
+
+static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
+	struct wire_hello hello = { 0 };
+	uint32_t size;
+
+	size_t got = vm->input_end - vm->input_start;
+	const uint8_t *input = vm->input + vm->input_start;
+
+	if (got < sizeof(size))
+		return KVMI_OK;
+	memcpy(&size, input, sizeof(size));
+	if (size < HELLO_MIN_SIZE || size > HELLO_MAX_SIZE)
+		return vm_break(vm, err,
+				"a handshake of %u bytes; is that QEMU's kvmi object?",
+				size);
+	if (got < size)
+		return KVMI_OK;
+
+	memcpy(&hello, input, size < sizeof(hello) ? size : sizeof(hello));
+	vm->input_start += size;
+
+	memcpy(vm->hello.uuid, hello.uuid, sizeof(vm->hello.uuid));
+	vm->hello.start_time = hello.start_time;
+	if (size >= sizeof(hello))
+		vm->hello.max_gpa = hello.max_gpa;
+	memcpy(vm->hello.name, hello.name, sizeof(vm->hello.name));
+	vm->hello.name[sizeof(vm->hello.name) - 1] = 0;
+
+	memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
+	vm->state = VM_RUNNING;
+
+	return append(vm, &answer, sizeof(answer), err);
+}
+
+static void queue_event(struct kvmi_vm *vm, struct queued_event *entry)
+{
+	entry->next = NULL;
+	*vm->last_event = entry;
+	vm->last_event = &entry->next;
+}
+
+static enum kvmi_status take_vm_event(struct kvmi_vm *vm,
+				      const struct kvmi_msg_hdr *header,
+				      const uint8_t *body,
+				      struct kvmi_error *err)
+{
+	struct kvmi_event_hdr event;
+	struct queued_event *entry;
+
+	if (header->size < sizeof(event))
+		return vm_break(vm, err, "an event of %u bytes", header->size);
+	memcpy(&event, body, sizeof(event));
+
+	/* Nobody waits for an answer: what is not known can be left out */
+	if (event.event != KVMI_VM_EVENT_UNHOOK || vm->unhook_queued)
+		return KVMI_OK;
+
+	entry = calloc(1, sizeof(*entry));
+	if (!entry)
+		return broken_by_system(vm, err, ENOMEM, "an event");
+	entry->event.id = KVMI_EV_UNHOOK;
+	entry->event.seq = header->seq;
+	queue_event(vm, entry);
+	vm->unhook_queued = true;
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status open_slot(struct kvmi_vm *vm, unsigned int vcpu,
+				  struct kvmi_error *err)
+{
+	if (vcpu >= MAX_VCPUS)
+		return vm_break(vm, err, "an event of vCPU %u", vcpu);
+
+	if (vcpu >= vm->open_count) {
+		size_t count = vcpu + 16;
+		struct open_event *open = realloc(vm->open,
+						  count * sizeof(*open));
+
+		if (!open)
+			return broken_by_system(vm, err, ENOMEM, "an event");
+		memset(open + vm->open_count, 0,
+		       (count - vm->open_count) * sizeof(*open));
+		vm->open = open;
+		vm->open_count = count;
+	}
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
+					const struct kvmi_msg_hdr *header,
+					const uint8_t *body,
+					struct kvmi_error *err)
+{
+	struct kvmi_vcpu_event_breakpoint breakpoint;
+	struct kvmi_vcpu_event common;
+	struct kvmi_event_hdr event;
+	struct queued_event *entry;
+	enum kvmi_status status;
+	const uint8_t *data;
+	size_t size;
+
+	if (header->size == sizeof(struct kvmi_error_code))
+		return vm_break(vm, err,
+				"KVM did not take the answer to an event");
+	if (header->size < sizeof(event) + sizeof(common))
+		return vm_break(vm, err, "an event of %u bytes", header->size);
+	memcpy(&event, body, sizeof(event));
+	memcpy(&common, body + sizeof(event), sizeof(common));
+	if (common.size < sizeof(common) ||
+	    sizeof(event) + common.size > header->size)
+		return vm_break(vm, err, "an event with a head of %u bytes",
+				common.size);
+	data = body + sizeof(event) + common.size;
+	size = header->size - sizeof(event) - common.size;
+	if (size > sizeof(entry->event.data) ||
+	    (event.event == KVMI_VCPU_EVENT_BREAKPOINT &&
+	     size < sizeof(breakpoint)))
+		return vm_break(vm, err, "event %u with %zu bytes of data",
+				event.event, size);
+
+	status = open_slot(vm, common.vcpu, err);
+	if (status != KVMI_OK)
+		return status;
+	if (vm->open[common.vcpu].open)
+		return vm_break(vm, err, "two open events of vCPU %u",
+				common.vcpu);
+
+	entry = calloc(1, sizeof(*entry));
+	if (!entry)
+		return broken_by_system(vm, err, ENOMEM, "an event");
+	entry->event.id = event.event;
+	entry->event.seq = header->seq;
+	entry->event.vcpu = common.vcpu;
+	entry->event.data_size = size;
+	entry->event.state.mode = common.arch.mode;
+	entry->event.state.regs = common.arch.regs;
+	entry->event.state.sregs = common.arch.sregs;
+	entry->event.msrs = (struct kvmi_event_msrs){
+		.sysenter_cs = common.arch.msrs.sysenter_cs,
+		.sysenter_esp = common.arch.msrs.sysenter_esp,
+		.sysenter_eip = common.arch.msrs.sysenter_eip,
+		.efer = common.arch.msrs.efer,
+		.star = common.arch.msrs.star,
+		.lstar = common.arch.msrs.lstar,
+		.cstar = common.arch.msrs.cstar,
+		.pat = common.arch.msrs.pat,
+		.shadow_gs = common.arch.msrs.shadow_gs,
+	};
+	if (event.event == KVMI_VCPU_EVENT_BREAKPOINT) {
+		memcpy(&breakpoint, data, sizeof(breakpoint));
+		entry->event.breakpoint.gpa = breakpoint.gpa;
+		entry->event.breakpoint.insn_len = breakpoint.insn_len;
+	} else if (size) {
+		memcpy(entry->event.data, data, size);
+	}
+
+	vm->open[common.vcpu] = (struct open_event){
+		.open = true, .id = event.event, .seq = header->seq,
+	};
+	queue_event(vm, entry);
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status take_answer(struct kvmi_vm *vm,
+				    const struct kvmi_msg_hdr *header,
+				    const uint8_t *body, struct kvmi_error *err)
+{
+	struct kvmi_error_code code;
+	struct pending *pending;
+	const char *name = kvmi_command_name(header->id);
+	size_t i, size;
+
+	for (i = 0; i < MAX_PENDING; i++) {
+		pending = &vm->pending[i];
+		if ((pending->state == PENDING_WAITING ||
+		     pending->state == PENDING_ABANDONED) &&
+		    pending->seq == header->seq && pending->id == header->id)
+			break;
+	}
+	if (i == MAX_PENDING)
+		return vm_break(vm, err,
+				"an answer to nothing (message %u, number %u)",
+				header->id, header->seq);
+	if (header->size < sizeof(code))
+		return vm_break(vm, err, "%s: an answer of %u bytes", name,
+				header->size);
+	memcpy(&code, body, sizeof(code));
+	if (code.err > 0 || code.err == INT32_MIN)
+		return vm_break(vm, err, "%s: error %d", name, code.err);
+
+	if (pending->state == PENDING_ABANDONED) {
+		pending->state = PENDING_FREE;
+		return KVMI_OK;
+	}
+
+	size = header->size - sizeof(code);
+	pending->error = -code.err;
+	pending->size = code.err ? 0 : size;
+	if (size > pending->capacity)
+		size = pending->capacity;
+	if (!code.err && size)
+		memcpy(pending->data, body + sizeof(code), size);
+	pending->state = PENDING_DONE;
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status take_messages(struct kvmi_vm *vm,
+				      struct kvmi_error *err)
+{
+	enum kvmi_status status = KVMI_OK;
+
+	if (vm->state == VM_HELLO)
+		status = take_hello(vm, err);
+
+	while (status == KVMI_OK && vm->state == VM_RUNNING) {
+		const uint8_t *input = vm->input + vm->input_start;
+		size_t got = vm->input_end - vm->input_start;
+		struct kvmi_msg_hdr header;
+
+		if (got < sizeof(header))
+			break;
+		memcpy(&header, input, sizeof(header));
+		if (header.size > KVMI_MAX_MSG_SIZE)
+			return vm_break(vm, err, "a message of %u bytes",
+					header.size);
+		if (got < sizeof(header) + header.size)
+			break;
+
+		input += sizeof(header);
+		if (header.id == KVMI_VM_EVENT)
+			status = take_vm_event(vm, &header, input, err);
+		else if (header.id == KVMI_VCPU_EVENT)
+			status = take_vcpu_event(vm, &header, input, err);
+		else
+			status = take_answer(vm, &header, input, err);
+		if (status == KVMI_OK)
+			vm->input_start += sizeof(header) + header.size;
+	}
+
+	return status;
+}
+
+/* KVMI_ERR_NOTHING if nothing could be received without waiting */
+static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	ssize_t got;
+
+	/* Move what is left to the front: a whole message always fits */
+	if (vm->input_start) {
+		memmove(vm->input, vm->input + vm->input_start,
+			vm->input_end - vm->input_start);
+		vm->input_end -= vm->input_start;
+		vm->input_start = 0;
+	}
+
+	do {
+		got = recv(vm->fd, vm->input + vm->input_end,
+			   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
+	} while (got < 0 && errno == EINTR);
+
+	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+		return KVMI_ERR_NOTHING;
+	if (got == 0 || (got < 0 && errno == ECONNRESET))
+		return closed_by_peer(vm, err);
+	if (got < 0)
+		return broken_by_system(vm, err, errno, "receiving");
+
+	vm->input_end += got;
+
+	return take_messages(vm, err);
+}
+
+/* ------------------------------------------------------------------------
+ * Waiting
+ */
+
+enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	if (vm->state == VM_BROKEN)
+		return copy_broken(vm, err);
+
+	return send_some(vm, err);
+}
+
+enum kvmi_status vm_pump(struct kvmi_vm *vm, int64_t deadline,
+			 struct kvmi_error *err)
+{
+	for (;;) {
+		struct pollfd poll_fd = { .fd = vm->fd, .events = POLLIN };
+		enum kvmi_status status = vm_flush(vm, err);
+		int64_t left;
+
+		if (status != KVMI_OK)
+			return status;
+		status = receive_some(vm, err);
+		if (status != KVMI_ERR_NOTHING)
+			return status;
+
+		left = deadline - now_ms();
+		if (left <= 0)
+			return fail(err, KVMI_ERR_TIMEOUT,
+				    "no answer in time");
+		if (vm->output_start < vm->output_end)
+			poll_fd.events |= POLLOUT;
+		if (poll(&poll_fd, 1, left > INT32_MAX ? INT32_MAX : left) < 0 &&
+		    errno != EINTR)
+			return broken_by_system(vm, err, errno, "poll");
+	}
+}
+
+enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
+			  const struct iovec *parts, int part_count,
+			  void *data, size_t capacity, struct pending **pending,
+			  struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	struct pending *slot;
+	size_t i;
+
+	if (vm->state == VM_BROKEN)
+		return copy_broken(vm, err);
+	if (vm->state == VM_HELLO)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no commands before kvmi_vm_connect()");
+
+	for (i = 0; i < MAX_PENDING; i++)
+		if (vm->pending[i].state == PENDING_FREE)
+			break;
+	if (i == MAX_PENDING)
+		return fail(err, KVMI_ERR_LIMIT,
+			    "%d commands have not been answered; is the VM paused?",
+			    MAX_PENDING);
+	slot = &vm->pending[i];
+
+	status = vm_send(vm, id, ++vm->seq, parts, part_count, err);
+	if (status != KVMI_OK)
+		return status;
+
+	*slot = (struct pending){
+		.state = PENDING_WAITING, .id = id, .seq = vm->seq,
+		.data = data, .capacity = capacity,
+	};
+	*pending = slot;
+
+	return KVMI_OK;
+}
+
+void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
+{
+	(void)vm;
+	/* The caller's buffer must not be written to any more */
+	pending->data = NULL;
+	pending->capacity = 0;
+	pending->state = pending->state == PENDING_WAITING ?
+			 PENDING_ABANDONED : PENDING_FREE;
+}
+
+enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
+			 size_t *size, struct kvmi_error *err)
+{
+	int64_t deadline = now_ms() + vm->timeout;
+	unsigned int id = pending->id;
+	int kvm_error;
+
+	while (pending->state == PENDING_WAITING) {
+		enum kvmi_status status = vm_pump(vm, deadline, err);
+
+		/* what came along with the bad news may be the answer */
+		if (status != KVMI_OK && pending->state == PENDING_WAITING) {
+			vm_abandon(vm, pending);
+			if (status == KVMI_ERR_TIMEOUT)
+				fail(err, status,
+				     id & 1 ?
+				     "%s: no answer within %d ms; is the VM paused?" :
+				     "%s: no answer within %d ms",
+				     kvmi_command_name(id), vm->timeout);
+			return status;
+		}
+	}
+
+	if (size)
+		*size = pending->size;
+	kvm_error = pending->error;
+	vm_abandon(vm, pending);
+
+	return kvm_error ? fail_kvm(err, id, kvm_error) : KVMI_OK;
+}
+
+enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
+			    const struct iovec *parts, int part_count,
+			    void *data, size_t capacity, size_t least,
+			    struct kvmi_error *err)
+{
+	struct pending *pending;
+	enum kvmi_status status;
+	size_t size;
+
+	status = vm_start(vm, id, parts, part_count, data, capacity, &pending,
+			  err);
+	if (status == KVMI_OK)
+		status = vm_wait(vm, pending, &size, err);
+	if (status == KVMI_OK && size < least)
+		return vm_break(vm, err, "%s: an answer of %zu instead of %zu bytes",
+				kvmi_command_name(id), size, least);
+
+	return status;
+}
+
+/* ------------------------------------------------------------------------
+ * For users
+ */
+
+enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
+				     struct kvmi_error *err)
+{
+	if (!vm || ms <= 0)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "a timeout of %d ms, or no vm", ms);
+	vm->timeout = ms;
+
+	return KVMI_OK;
+}
+
+int kvmi_vm_fd(const struct kvmi_vm *vm)
+{
+	return vm ? vm->fd : -1;
+}
+
+short kvmi_vm_poll_events(const struct kvmi_vm *vm)
+{
+	return vm && vm->output_start < vm->output_end ? POLLIN | POLLOUT :
+							 POLLIN;
+}
+
+const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm)
+{
+	return &vm->hello;
+}
+
+const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm)
+{
+	return &vm->version;
+}
+
+void kvmi_vm_close(struct kvmi_vm *vm)
+{
+	struct queued_event *entry;
+	int64_t deadline;
+
+	if (!vm)
+		return;
+
+	/*
+	 * An answer that is still here would turn into "continue", which puts
+	 * a #BP into the guest.  What is received meanwhile does not matter.
+	 */
+	deadline = now_ms() + vm->timeout;
+	while (vm->state == VM_RUNNING && vm->output_start < vm->output_end)
+		if (vm_pump(vm, deadline, NULL) != KVMI_OK)
+			break;
+
+	close(vm->fd);
+	while ((entry = vm->first_event)) {
+		vm->first_event = entry->next;
+		free(entry);
+	}
+	free(vm->open);
+	free(vm->input);
+	free(vm->output);
+	explicit_bzero(vm, sizeof(*vm));
+	free(vm);
+}
+
+enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	int rounds = 16;	/* let other connections have their turn */
+
+	if (!vm)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
+
+	do {
+		status = vm_flush(vm, err);
+		if (status == KVMI_OK)
+			status = receive_some(vm, err);
+	} while (status == KVMI_OK && --rounds);
+	if (status != KVMI_OK && status != KVMI_ERR_NOTHING)
+		return status;
+
+	return vm_flush(vm, err);
+}
+
+struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm)
+{
+	struct queued_event *entry = vm ? vm->first_event : NULL;
+
+	if (!entry)
+		return NULL;
+
+	vm->first_event = entry->next;
+	if (!vm->first_event)
+		vm->last_event = &vm->first_event;
+	if (entry->event.id == KVMI_EV_UNHOOK)
+		vm->unhook_queued = false;
+
+	return &entry->event;
+}
+
+void kvmi_vm_event_free(struct kvmi_vm_event *event)
+{
+	free(event);
+}
+
+enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
+				    struct kvmi_vm_event **event,
+				    struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	int64_t deadline;
+
+	if (!vm || !event || ms < 0)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no vm, no event or a negative time");
+
+	deadline = now_ms() + ms;
+	while (!(*event = kvmi_vm_next_event(vm))) {
+		status = vm_pump(vm, deadline, err);
+		if (status == KVMI_ERR_TIMEOUT)
+			return fail(err, KVMI_ERR_NOTHING, "no event");
+		/* events that came before the end are there to be taken */
+		if (status != KVMI_OK && !vm->first_event)
+			return status;
+	}
+
+	return KVMI_OK;
+}
+
+static enum kvmi_status queue_reply(struct kvmi_vm *vm,
+				    const struct kvmi_vm_event *event,
+				    enum kvmi_action action,
+				    struct kvmi_error *err)
+{
+	struct kvmi_vcpu_event_reply reply = { .action = action,
+					       .event = event->id };
+	struct kvmi_vcpu_hdr vcpu = { .vcpu = event->vcpu };
+	const struct iovec parts[] = {
+		{ &vcpu, sizeof(vcpu) }, { &reply, sizeof(reply) },
+	};
+
+	vm->open[event->vcpu].open = false;
+
+	return vm_send(vm, KVMI_VCPU_EVENT, event->seq, parts, 2, err);
+}
+
+static enum kvmi_status check_reply(struct kvmi_vm *vm,
+				    const struct kvmi_vm_event *event,
+				    enum kvmi_action action,
+				    struct kvmi_error *err)
+{
+	if (!vm || !event)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no event");
+	if (vm->state == VM_BROKEN)
+		return copy_broken(vm, err);
+
+	/* KVM ends the connection at once if these rules are broken */
+	switch (event->id) {
+	case KVMI_EV_UNHOOK:
+	case KVMI_EV_CR:
+	case KVMI_EV_MSR:
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "event %u is not answered like this", event->id);
+	default:
+		break;
+	}
+	if (action != KVMI_ACTION_CONTINUE && action != KVMI_ACTION_CRASH &&
+	    !(action == KVMI_ACTION_RETRY &&
+	      (event->id == KVMI_EV_BREAKPOINT ||
+	       event->id == KVMI_EV_DESCRIPTOR || event->id == KVMI_EV_PF)))
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "event %u does not take action %u", event->id,
+			    action);
+
+	if (event->vcpu >= vm->open_count || !vm->open[event->vcpu].open ||
+	    vm->open[event->vcpu].seq != event->seq ||
+	    vm->open[event->vcpu].id != event->id)
+		return fail(err, KVMI_ERR_ANSWERED,
+			    "vCPU %u does not wait for an answer to event number %u",
+			    event->vcpu, event->seq);
+
+	return KVMI_OK;
+}
+
+enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
+			       const struct kvmi_vm_event *event,
+			       enum kvmi_action action, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_reply(vm, event, action, err);
+
+	if (status == KVMI_OK)
+		status = queue_reply(vm, event, action, err);
+	if (status == KVMI_OK)
+		status = vm_flush(vm, err);
+
+	return status;
+}
+
+enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
+					      const struct kvmi_vm_event *event,
+					      enum kvmi_action action,
+					      const struct kvm_regs *regs,
+					      struct kvmi_error *err)
+{
+	enum kvmi_status status = check_reply(vm, event, action, err);
+	struct kvmi_vcpu_hdr vcpu = { 0 };
+	struct kvm_regs copy;
+	const struct iovec parts[] = {
+		{ &vcpu, sizeof(vcpu) }, { &copy, sizeof(copy) },
+	};
+	struct pending *pending;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!regs)
+		return fail(err, KVMI_ERR_ARGUMENT, "no registers");
+
+	vcpu.vcpu = event->vcpu;
+	copy = *regs;
+	status = vm_start(vm, KVMI_VCPU_SET_REGISTERS, parts, 2, NULL, 0,
+			  &pending, err);
+	if (status != KVMI_OK)
+		return status;
+	status = queue_reply(vm, event, action, err);
+	if (status != KVMI_OK) {
+		vm_abandon(vm, pending);
+		return status;
+	}
+
+	return vm_wait(vm, pending, NULL, err);
+}

@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "sim.h"
+
+void sim_send(struct sim *sim, const void *data, size_t size)
+{
+	const uint8_t *bytes = data;
+
+	while (size) {
+		size_t part = sim->piece && sim->piece < size ? sim->piece : size;
+		ssize_t sent = send(sim->fd, bytes, part, MSG_NOSIGNAL);
+
+		if (sent < 0)
+			return;		/* the client has had enough */
+		bytes += sent;
+		size -= sent;
+		if (sim->piece)
+			g_usleep(50);
+	}
+}
+
+void sim_message(struct sim *sim, unsigned int id, uint32_t seq,
+		 const void *data, size_t size)
+{
+	struct kvmi_msg_hdr header = { .id = id, .size = size, .seq = seq };
+	uint8_t message[sizeof(header) + 65536];
+
+	memcpy(message, &header, sizeof(header));
+	if (size)
+		memcpy(message + sizeof(header), data, size);
+	sim_send(sim, message, sizeof(header) + size);
+}
+
+void sim_answer(struct sim *sim, unsigned int id, uint32_t seq, int32_t error,
+		const void *data, size_t size)
+{
+	struct kvmi_error_code code = { .err = error };
+	uint8_t body[8192] = { 0 };
+
+	memcpy(body, &code, sizeof(code));
+	if (size)
+		memcpy(body + sizeof(code), data, size);
+	size += sizeof(code);
+	sim_message(sim, id, seq, body,
+		    sim->answer_size ? sim->answer_size : size);
+}
+
+void sim_event(struct sim *sim, unsigned int vcpu, unsigned int id,
+	       const void *data, size_t size)
+{
+	struct kvmi_event_hdr header = { .event = id };
+	struct kvmi_vcpu_event event = {
+		.size = sizeof(event), .vcpu = vcpu, .padding = 0xdeadbeef,
+	};
+	uint8_t body[8192];
+
+	event.arch.mode = 8;
+	memset(event.arch.padding, 0xaa, sizeof(event.arch.padding));
+	if (vcpu < SIM_VCPUS)
+		event.arch.regs = sim->regs[vcpu];
+	event.arch.sregs.cr3 = 0x1000 + vcpu;
+	event.arch.msrs.lstar = 0xffffffff81e00080;
+	memcpy(body, &header, sizeof(header));
+	memcpy(body + sizeof(header), &event, sizeof(event));
+	if (size)
+		memcpy(body + sizeof(header) + sizeof(event), data, size);
+	sim_message(sim, KVMI_VCPU_EVENT, ++sim->seq, body,
+		    sizeof(header) + sizeof(event) + size);
+}
+
+void sim_unhook(struct sim *sim)
+{
+	struct kvmi_event_hdr header = { .event = KVMI_VM_EVENT_UNHOOK };
+
+	sim_message(sim, KVMI_VM_EVENT, ++sim->seq, &header, sizeof(header));
+}
+
+static bool receive_all(int fd, void *data, size_t size)
+{
+	uint8_t *bytes = data;
+
+	while (size) {
+		ssize_t got = recv(fd, bytes, size, 0);
+
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return false;
+		bytes += got;
+		size -= got;
+	}
+
+	return true;
+}
+
+bool sim_receive(struct sim *sim)
+{
+	struct kvmi_msg_hdr header;
+
+	/* until the next comes, tests look at the last */
+	if (!receive_all(sim->fd, &header, sizeof(header)))
+		return false;
+	sim->last = header;
+	memset(sim->last_body, 0, sizeof(sim->last_body));
+	g_assert_cmpuint(sim->last.size, <=, KVMI_MAX_MSG_SIZE);
+
+	return receive_all(sim->fd, sim->last_body, sim->last.size);
+}
+
+bool sim_handshake(struct sim *sim)
+{
+	struct {
+		uint32_t struct_size;
+		uint8_t uuid[16];
+		uint32_t padding;
+		int64_t start_time;
+		char name[64];
+		uint64_t max_gpa;
+	} hello = {
+		.struct_size = 104,
+		.uuid = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 },
+		.start_time = 1234567890,
+		.name = "a guest",
+		.max_gpa = SIM_MEMORY,
+	};
+	struct {
+		uint32_t struct_size;
+		uint8_t cookie[20];
+	} answer;
+	uint8_t bytes[70000] = { 0 };
+
+	G_STATIC_ASSERT(sizeof(hello) == 104);
+	if (sim->hello_size)
+		hello.struct_size = sim->hello_size;
+	memcpy(bytes, &hello, sizeof(hello));
+	sim_send(sim, bytes, hello.struct_size);
+	if (!receive_all(sim->fd, &answer, sizeof(answer)))
+		return false;
+	g_assert_cmpuint(answer.struct_size, ==, sizeof(answer));
+	memcpy(sim->cookie, answer.cookie, sizeof(sim->cookie));
+
+	return true;
+}
+
+static void read_write(struct sim *sim)
+{
+	struct kvmi_vm_write_physical request;
+	bool write = sim->last.id == KVMI_VM_WRITE_PHYSICAL;
+	int32_t error = 0;
+
+	memcpy(&request, sim->last_body, sizeof(request));
+	g_assert_cmpuint(sim->last.size, ==, sizeof(request) +
+			 (write ? request.size : 0));
+	if (request.padding1 || request.padding2 || !request.size ||
+	    request.gpa / 4096 != (request.gpa + request.size - 1) / 4096)
+		error = -KVM_EINVAL;
+	else if (request.gpa + request.size > SIM_MEMORY)
+		error = -KVM_ENOENT;
+	else if (write)
+		memcpy(sim->memory + request.gpa,
+		       sim->last_body + sizeof(request), request.size);
+	sim_answer(sim, sim->last.id, sim->last.seq, error,
+		   sim->memory + request.gpa,
+		   error || write ? 0 : request.size);
+}
+
+static void get_registers(struct sim *sim, unsigned int vcpu)
+{
+	struct kvmi_vcpu_get_registers request;
+	uint8_t buffer[8176] = { 0 };
+	struct kvmi_vcpu_get_registers_reply *reply = (void *)buffer;
+	unsigned int i;
+
+	memcpy(&request, sim->last_body + 8, sizeof(request));
+	g_assert_cmpuint(sim->last.size, ==, 16 + 4 * request.nmsrs);
+	reply->mode = 8;
+	reply->regs = sim->regs[vcpu];
+	reply->sregs.cr3 = 0x1000 + vcpu;
+	reply->msrs.nmsrs = request.nmsrs;
+	for (i = 0; i < request.nmsrs; i++) {
+		uint32_t index;
+
+		memcpy(&index, sim->last_body + 16 + 4 * i, sizeof(index));
+		reply->msrs.entries[i].index = index;
+		reply->msrs.entries[i].data = 0x100000000ULL + index;
+	}
+	sim_answer(sim, sim->last.id, sim->last.seq, 0, reply,
+		   sizeof(*reply) + 16 * request.nmsrs);
+}
+
+void sim_serve_one(struct sim *sim)
+{
+	uint8_t *body = sim->last_body;
+	struct kvmi_vcpu_hdr vcpu;
+	int32_t error = 0;
+
+	sim->commands++;
+	if (sim->last.id == sim->event_before) {
+		struct kvmi_vcpu_event_breakpoint data = { .gpa = 0x42,
+							   .insn_len = 1 };
+
+		sim->event_before = 0;
+		sim_event(sim, 1, KVMI_VCPU_EVENT_BREAKPOINT, &data,
+			  sizeof(data));
+	}
+	if (sim->last.id == sim->silent_id)
+		return;
+
+	memcpy(&vcpu, body, sizeof(vcpu));
+	if (sim->last.id & 1) {
+		g_assert_cmpuint(sim->last.size, >=, sizeof(vcpu));
+		g_assert_cmpuint(vcpu.padding1, ==, 0);
+		g_assert_cmpuint(vcpu.padding2, ==, 0);
+		if (vcpu.vcpu >= SIM_VCPUS) {
+			sim_answer(sim, sim->last.id, sim->last.seq,
+				   -KVM_EINVAL, NULL, 0);
+			return;
+		}
+		sim->last_vcpu = vcpu.vcpu;
+	}
+
+	switch (sim->last.id) {
+	case KVMI_VCPU_EVENT:
+		memcpy(&sim->last_reply, body + sizeof(vcpu),
+		       sizeof(sim->last_reply));
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		g_assert_cmpuint(sim->last_reply.padding1, ==, 0);
+		g_assert_cmpuint(sim->last_reply.padding2, ==, 0);
+		sim->last_seq = sim->last.seq;
+		sim->replies++;
+		sim->commands--;
+		return;
+	case KVMI_GET_VERSION: {
+		struct kvmi_get_version_reply reply = {
+			.version = sim->version ? sim->version : 1,
+			.max_msg_size = sim->max_message == UINT32_MAX ? 0 :
+				KVMI_MAX_MSG_SIZE,
+			.features.singlestep = 1,
+		};
+
+		g_assert_cmpuint(sim->last.size, ==, 0);
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VM_CHECK_COMMAND:
+	case KVMI_VM_CHECK_EVENT: {
+		uint16_t id;
+
+		memcpy(&id, body, sizeof(id));
+		g_assert_cmpuint(sim->last.size, ==, 8);
+		if (sim->deny) {
+			sim->deny--;
+			error = -KVM_EPERM;
+		} else if (id >= 30) {
+			error = -KVM_ENOENT;
+		}
+		break;
+	}
+	case KVMI_VM_GET_INFO: {
+		struct kvmi_vm_get_info_reply reply = { SIM_VCPUS, { 0 } };
+
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VM_READ_PHYSICAL:
+	case KVMI_VM_WRITE_PHYSICAL:
+		read_write(sim);
+		return;
+	case KVMI_VM_PAUSE_VCPU: {
+		struct kvmi_vm_pause_vcpu request;
+
+		memcpy(&request, body, sizeof(request));
+		g_assert_cmpuint(sim->last.size, ==, sizeof(request));
+		if (request.vcpu >= SIM_VCPUS)
+			error = -KVM_EINVAL;
+		else if (request.wait)	/* the event may come first */
+			sim_event(sim, request.vcpu, KVMI_VCPU_EVENT_PAUSE,
+				  NULL, 0);
+		break;
+	}
+	case KVMI_VCPU_GET_INFO: {
+		struct kvmi_vcpu_get_info_reply reply = { 2500000000ULL };
+
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VCPU_GET_REGISTERS:
+		get_registers(sim, vcpu.vcpu);
+		return;
+	case KVMI_VCPU_SET_REGISTERS:
+		g_assert_cmpuint(sim->last.size, ==, 8 + 144);
+		memcpy(&sim->regs[vcpu.vcpu], body + 8, 144);
+		break;
+	case KVMI_VCPU_TRANSLATE_GVA: {
+		struct kvmi_vcpu_translate_gva_reply reply;
+		uint64_t gva;
+
+		/* pages are swapped in pairs */
+		memcpy(&gva, body + 8, sizeof(gva));
+		reply.gpa = gva >> 32 ? ~0ULL : gva ^ 0x1000;
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VM_CONTROL_EVENTS:
+		g_assert_cmpuint(sim->last.size, ==, 8);
+		if (body[0] != KVMI_VM_EVENT_UNHOOK)
+			error = -KVM_EINVAL;
+		break;
+	case KVMI_VCPU_CONTROL_EVENTS:
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		if (vcpu.vcpu == 2)
+			error = -KVM_EAGAIN;
+		break;
+	case KVMI_VM_CONTROL_CLEANUP:
+		g_assert_cmpuint(sim->last.size, ==, 8);
+		break;
+	default:
+		error = -KVM_ENOSYS;
+	}
+	sim_answer(sim, sim->last.id, sim->last.seq, error, NULL, 0);
+}
+
+void sim_serve(struct sim *sim)
+{
+	while (sim_receive(sim))
+		sim_serve_one(sim);
+}
+
+static void *run(void *context)
+{
+	struct sim *sim = context;
+
+	if (sim->script)
+		sim->script(sim);
+	else if (sim_handshake(sim))
+		sim_serve(sim);
+	shutdown(sim->fd, SHUT_RDWR);
+
+	return NULL;
+}
+
+void sim_start(struct sim *sim, void (*script)(struct sim *sim))
+{
+	int fds[2];
+
+	g_assert_cmpint(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds),
+			==, 0);
+	sim->fd = fds[0];
+	sim->client_fd = fds[1];
+	sim->script = script;
+	sim->thread = g_thread_new("sim", run, sim);
+}
+
+void sim_connect(struct sim *sim, const char *path)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+
+	g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
+	sim->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	g_assert_cmpint(connect(sim->fd, (struct sockaddr *)&address,
+				sizeof(address)), ==, 0);
+	sim->thread = g_thread_new("sim", run, sim);
+}
+
+void sim_stop(struct sim *sim)
+{
+	g_thread_join(sim->thread);
+	close(sim->fd);
+}

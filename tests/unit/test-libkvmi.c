@@ -1,0 +1,1150 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The library against a simulated KVM, honest or not */
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <glib.h>
+#include <glib/gstdio.h>
+
+#include <kvmi/kvmi.h>
+
+#include "internal.h"
+#include "sim.h"
+
+#define ok(call) do { \
+		struct kvmi_error err_ = { 0 }, *err = &err_; \
+		enum kvmi_status status_ = (call); \
+		if (status_ != KVMI_OK) \
+			g_error("%s:%d: %s: %s", __FILE__, __LINE__, \
+				kvmi_status_name(status_), err_.message); \
+	} while (0)
+
+/* The call fails so, and says so in all places */
+#define fails(call, expected) do { \
+		struct kvmi_error err_ = { 0 }, *err = &err_; \
+		enum kvmi_status status_ = (call); \
+		g_assert_cmpstr(kvmi_status_name(status_), ==, \
+				kvmi_status_name(expected)); \
+		g_assert_cmpint(err_.status, ==, expected); \
+		g_assert_cmpint(strlen(err_.message), >, 0); \
+	} while (0)
+
+static struct sim *sim_new(void)
+{
+	return g_new0(struct sim, 1);
+}
+
+static struct kvmi_vm *open_vm(struct sim *sim)
+{
+	struct kvmi_error err;
+	struct kvmi_vm *vm = kvmi_vm_new(sim->client_fd, NULL, 0, &err);
+
+	g_assert_nonnull(vm);
+	kvmi_vm_set_timeout(vm, 3000, NULL);
+
+	return vm;
+}
+
+static struct kvmi_vm *connect_vm(struct sim *sim)
+{
+	struct kvmi_vm *vm;
+
+	sim_start(sim, sim->script);
+	vm = open_vm(sim);
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+
+	return vm;
+}
+
+static void done(struct sim *sim, struct kvmi_vm *vm)
+{
+	kvmi_vm_close(vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
+/* ------------------------------------------------------------------------ */
+
+static void test_sha1(void)
+{
+	static const struct {
+		const char *text;
+		const char *digest;
+	} cases[] = {
+		{ "", "da39a3ee5e6b4b0d3255bfef95601890afd80709" },
+		{ "abc", "a9993e364706816aba3e25717850c26c9cd0d89d" },
+		{ "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
+		  "84983e441c3bd26ebaae4aa1f95129e5e54670f1" },
+	};
+	size_t i, length;
+
+	for (i = 0; i < G_N_ELEMENTS(cases); i++) {
+		uint8_t digest[SHA1_SIZE];
+		char hex[41];
+		int j;
+
+		sha1(cases[i].text, strlen(cases[i].text), digest);
+		for (j = 0; j < SHA1_SIZE; j++)
+			sprintf(hex + 2 * j, "%02x", digest[j]);
+		g_assert_cmpstr(hex, ==, cases[i].digest);
+	}
+	/* all lengths around the borders of blocks, against GLib's */
+	for (length = 0; length < 200; length++) {
+		g_autoptr(GChecksum) sum = g_checksum_new(G_CHECKSUM_SHA1);
+		uint8_t data[200], digest[SHA1_SIZE], expected[SHA1_SIZE];
+		gsize size = sizeof(expected);
+
+		memset(data, (int)length, sizeof(data));
+		g_checksum_update(sum, data, length);
+		g_checksum_get_digest(sum, expected, &size);
+		sha1(data, length, digest);
+		g_assert_cmpmem(digest, SHA1_SIZE, expected, size);
+	}
+}
+
+static void test_names(void)
+{
+	g_assert_cmpstr(kvmi_command_name(KVMI_CMD_VM_READ_PHYSICAL), ==,
+			"vm-read-physical");
+	g_assert_cmpstr(kvmi_command_name(KVMI_CMD_VCPU_TRANSLATE_GVA), ==,
+			"vcpu-translate-gva");
+	g_assert_null(kvmi_command_name(0));
+	g_assert_null(kvmi_command_name(1));
+	g_assert_null(kvmi_command_name(31));
+	g_assert_null(kvmi_command_name(UINT32_MAX));
+	g_assert_cmpstr(kvmi_event_name(KVMI_EV_BREAKPOINT), ==, "breakpoint");
+	g_assert_null(kvmi_event_name(2));
+	g_assert_cmpstr(kvmi_status_name((enum kvmi_status)12345), ==, "?");
+}
+
+/* ------------------------------------------------------------------------
+ * Handshake
+ */
+
+static void check_hello(struct kvmi_vm *vm)
+{
+	const struct kvmi_vm_hello *hello = kvmi_vm_get_hello(vm);
+	const struct kvmi_vm_version *version = kvmi_vm_get_version(vm);
+
+	g_assert_cmpstr(hello->name, ==, "a guest");
+	g_assert_cmpint(hello->uuid[15], ==, 16);
+	g_assert_cmpint(hello->start_time, ==, 1234567890);
+	g_assert_cmpint(version->version, ==, 1);
+	g_assert_cmpint(version->max_message, ==, 8184);
+	g_assert_true(version->singlestep);
+}
+
+static void test_handshake(void)
+{
+	static const unsigned int sizes[] = { 96, 100, 104, 112, 65536 };
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+
+		sim->hello_size = sizes[i];
+		vm = connect_vm(sim);
+		check_hello(vm);
+		g_assert_cmpint(kvmi_vm_get_hello(vm)->max_gpa, ==,
+				(sizes[i] < 104 ? 0 : SIM_MEMORY));
+		done(sim, vm);
+	}
+}
+
+static void test_handshake_in_pieces(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm;
+
+	sim->piece = 1;
+	vm = connect_vm(sim);
+	check_hello(vm);
+	done(sim, vm);
+}
+
+static void test_handshake_key(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t digest[SHA1_SIZE];
+	struct kvmi_vm *vm;
+
+	sim_start(sim, NULL);
+	vm = kvmi_vm_new(sim->client_fd, "secret", 6, NULL);
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+	sha1("secret", 6, digest);
+	g_assert_cmpmem(sim->cookie, 20, digest, 20);
+	done(sim, vm);
+}
+
+static void script_size(struct sim *sim)
+{
+	uint32_t size = sim->hello_size;
+
+	sim_send(sim, &size, sizeof(size));
+	sim_receive(sim);
+}
+
+static void test_handshake_bad_size(void)
+{
+	static const uint32_t sizes[] = { 0, 1, 95, 65537, UINT32_MAX };
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+
+		sim->hello_size = sizes[i];
+		sim_start(sim, script_size);
+		vm = open_vm(sim);
+		fails(kvmi_vm_connect(vm, 0, 0, err), KVMI_ERR_PROTOCOL);
+		/* and it stays so */
+		fails(kvmi_vm_connect(vm, 0, 0, err), KVMI_ERR_PROTOCOL);
+		done(sim, vm);
+	}
+}
+
+static void script_silent(struct sim *sim)
+{
+	sim_receive(sim);
+}
+
+static void test_handshake_timeout(void)
+{
+	struct sim *sim = sim_new();
+	unsigned int count;
+	struct kvmi_vm *vm;
+
+	sim_start(sim, script_silent);
+	vm = open_vm(sim);
+	ok(kvmi_vm_set_timeout(vm, 50, err));
+	fails(kvmi_vm_connect(vm, 0, 0, err), KVMI_ERR_TIMEOUT);
+	fails(kvmi_vm_get_vcpu_count(vm, &count, err), KVMI_ERR_ARGUMENT);
+	done(sim, vm);
+}
+
+/* The connection ends after so many bytes of the handshake */
+static void script_cut(struct sim *sim)
+{
+	uint8_t hello[104] = { 104 };
+
+	sim_send(sim, hello, sim->hello_size);
+}
+
+static void test_handshake_cut(void)
+{
+	static const unsigned int sizes[] = { 0, 1, 3, 4, 50, 103 };
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+
+		sim->hello_size = sizes[i];
+		sim_start(sim, script_cut);
+		vm = open_vm(sim);
+		fails(kvmi_vm_connect(vm, 0, 0, err), KVMI_ERR_CLOSED);
+		done(sim, vm);
+	}
+}
+
+static void script_refuse(struct sim *sim)
+{
+	sim_handshake(sim);
+}
+
+static void test_handshake_refused(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+
+	sim_start(sim, script_refuse);
+	vm = open_vm(sim);
+	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, &err), ==, KVMI_ERR_CLOSED);
+	g_assert_nonnull(strstr(err.message, "key"));
+	done(sim, vm);
+}
+
+static void test_old_protocol(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+
+	sim->max_message = UINT32_MAX;	/* 0, as v7 has padding there */
+	sim_start(sim, NULL);
+	vm = open_vm(sim);
+	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, &err), ==, KVMI_ERR_PROTOCOL);
+	g_assert_nonnull(strstr(err.message, "older"));
+	done(sim, vm);
+}
+
+static void test_allowed(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm;
+
+	sim->deny = 5;
+	sim_start(sim, NULL);
+	vm = open_vm(sim);
+	ok(kvmi_vm_connect(vm, KVMI_SET(KVMI_CMD_VM_GET_INFO) |
+			   KVMI_SET(KVMI_CMD_VM_READ_PHYSICAL),
+			   KVMI_SET(KVMI_EV_UNHOOK), err));
+	sim->deny = UINT32_MAX;
+	ok(kvmi_vm_set_timeout(vm, 50, err));
+	{
+		struct kvmi_error err;
+
+		g_assert_cmpint(kvmi_vm_connect(vm, 0,
+						KVMI_SET(KVMI_EV_BREAKPOINT),
+						&err), ==,
+				KVMI_ERR_NOT_ALLOWED);
+		g_assert_nonnull(strstr(err.message, "breakpoint"));
+	}
+	/* it can be used nevertheless */
+	{
+		unsigned int count;
+
+		ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	}
+	sim->deny = 0;
+	fails(kvmi_vm_connect(vm, KVMI_SET(33), 0, err), KVMI_ERR_UNKNOWN);
+	done(sim, vm);
+}
+
+/* ------------------------------------------------------------------------
+ * Commands
+ */
+
+static void test_commands(void)
+{
+	static const uint32_t msrs[] = { 0xc0000082, 0x174 };
+	struct sim *sim = sim_new();
+	struct kvmi_registers state;
+	struct kvm_regs regs = { .rax = 1, .rip = 2 };
+	struct kvmi_vm *vm = connect_vm(sim);
+	uint64_t values[2], hz, gpa;
+	unsigned int count;
+
+	sim->regs[1].rip = 0x123456789abcdef0;
+
+	ok(kvmi_vm_check_command(vm, KVMI_CMD_VM_GET_INFO, err));
+	fails(kvmi_vm_check_command(vm, 99, err), KVMI_ERR_NOT_FOUND);
+	fails(kvmi_vm_check_command(vm, 65536, err), KVMI_ERR_ARGUMENT);
+	ok(kvmi_vm_check_event(vm, KVMI_EV_PAUSE, err));
+	fails(kvmi_vm_check_event(vm, 99, err), KVMI_ERR_NOT_FOUND);
+
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(count, ==, SIM_VCPUS);
+
+	ok(kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, err));
+	g_assert_cmpint(sim->last_body[2], ==, 1);
+	ok(kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, false, err));
+	g_assert_cmpint(sim->last_body[2], ==, 0);
+	fails(kvmi_vm_control_events(vm, KVMI_EV_CR, true, err),
+	      KVMI_ERR_INVALID);
+
+	ok(kvmi_vcpu_control_events(vm, 1, KVMI_EV_BREAKPOINT, true, err));
+	g_assert_cmpint(sim->last_vcpu, ==, 1);
+	g_assert_cmpint(sim->last_body[8], ==, KVMI_EV_BREAKPOINT);
+	g_assert_cmpint(sim->last_body[10], ==, 1);
+	fails(kvmi_vcpu_control_events(vm, 2, KVMI_EV_BREAKPOINT, true, err),
+	      KVMI_ERR_NOT_STARTED);
+	fails(kvmi_vcpu_control_events(vm, 3, KVMI_EV_BREAKPOINT, true, err),
+	      KVMI_ERR_INVALID);
+	fails(kvmi_vcpu_control_events(vm, 65536, KVMI_EV_CR, true, err),
+	      KVMI_ERR_ARGUMENT);
+
+	ok(kvmi_vm_control_cleanup(vm, true, err));
+	g_assert_cmpint(sim->last_body[0], ==, 1);
+
+	ok(kvmi_vcpu_get_tsc_speed(vm, 0, &hz, err));
+	g_assert_cmpint(hz, ==, 2500000000ULL);
+
+	ok(kvmi_vcpu_get_registers(vm, 1, &state, msrs, values, 2, err));
+	g_assert_cmphex(state.regs.rip, ==, 0x123456789abcdef0);
+	g_assert_cmphex(state.sregs.cr3, ==, 0x1001);
+	g_assert_cmpint(state.mode, ==, 8);
+	g_assert_cmphex(values[0], ==, 0x1c0000082);
+	g_assert_cmphex(values[1], ==, 0x100000174);
+	ok(kvmi_vcpu_get_registers(vm, 0, &state, NULL, NULL, 0, err));
+	{
+		uint32_t many[KVMI_MSRS_MAX] = { 0 };
+		uint64_t many_values[KVMI_MSRS_MAX];
+
+		ok(kvmi_vcpu_get_registers(vm, 0, &state, many, many_values,
+					   KVMI_MSRS_MAX, err));
+		g_assert_cmphex(many_values[KVMI_MSRS_MAX - 1], ==,
+				0x100000000);
+		fails(kvmi_vcpu_get_registers(vm, 0, &state, many, many_values,
+					      KVMI_MSRS_MAX + 1, err),
+		      KVMI_ERR_ARGUMENT);
+	}
+
+	ok(kvmi_vcpu_set_registers(vm, 2, &regs, err));
+	g_assert_cmpint(sim->regs[2].rip, ==, 2);
+
+	ok(kvmi_vcpu_translate(vm, 0, 0x1234, &gpa, err));
+	g_assert_cmphex(gpa, ==, 0x0234);
+	fails(kvmi_vcpu_translate(vm, 0, 0xffffffff81000000, &gpa, err),
+	      KVMI_ERR_UNMAPPED);
+
+	fails(kvmi_vm_set_timeout(vm, 0, err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_get_vcpu_count(NULL, &count, err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_get_vcpu_count(vm, NULL, err), KVMI_ERR_ARGUMENT);
+	/* err may be left out */
+	g_assert_cmpint(kvmi_vm_check_event(vm, 99, NULL), ==,
+			KVMI_ERR_NOT_FOUND);
+	done(sim, vm);
+}
+
+static void test_memory(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	uint8_t data[0x3000], back[0x3000];
+	unsigned int i, before;
+
+	for (i = 0; i < sizeof(data); i++)
+		data[i] = i * 7 + i / 256;
+
+	/* four pages touched by three pages' worth of bytes */
+	before = sim->commands;
+	ok(kvmi_vm_write_physical(vm, 0xff0, data, sizeof(data), err));
+	g_assert_cmpint(sim->commands - before, ==, 4);
+	g_assert_cmpmem(sim->memory + 0xff0, sizeof(data), data, sizeof(data));
+	ok(kvmi_vm_read_physical(vm, 0xff0, back, sizeof(back), err));
+	g_assert_cmpmem(back, sizeof(back), data, sizeof(data));
+
+	before = sim->commands;
+	ok(kvmi_vm_read_physical(vm, 0, back, 0, err));
+	g_assert_cmpint(sim->commands, ==, before);
+	ok(kvmi_vm_read_physical(vm, SIM_MEMORY - 1, back, 1, err));
+	fails(kvmi_vm_read_physical(vm, SIM_MEMORY - 1, back, 2, err),
+	      KVMI_ERR_NOT_FOUND);
+	fails(kvmi_vm_read_physical(vm, UINT64_MAX, back, 2, err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_write_physical(vm, 0, NULL, 2, err), KVMI_ERR_ARGUMENT);
+
+	/* virtual: pages 2k and 2k + 1 are swapped */
+	ok(kvmi_vcpu_write_virtual(vm, 1, 0x4ff8, data, 16, err));
+	g_assert_cmpmem(sim->memory + 0x5ff8, 8, data, 8);
+	g_assert_cmpmem(sim->memory + 0x4000, 8, data + 8, 8);
+	ok(kvmi_vcpu_read_virtual(vm, 1, 0x4ff8, back, 16, err));
+	g_assert_cmpmem(back, 16, data, 16);
+	fails(kvmi_vcpu_read_virtual(vm, 1, UINT64_MAX, back, 2, err),
+	      KVMI_ERR_ARGUMENT);
+	done(sim, vm);
+}
+
+static void test_many(void)
+{
+	enum { COUNT = 10000 };
+	struct kvmi_memory_op *ops = g_new0(struct kvmi_memory_op, COUNT);
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	uint8_t byte = 0xcc, *back = g_malloc0(COUNT);
+	unsigned int i;
+
+	for (i = 0; i < COUNT; i++)
+		ops[i] = (struct kvmi_memory_op){ .gpa = i * 5, .size = 1,
+						  .data = &byte };
+	ok(kvmi_vm_write_many(vm, ops, COUNT, err));
+	for (i = 0; i < COUNT; i++) {
+		g_assert_cmpint(sim->memory[i * 5], ==, 0xcc);
+		ops[i].data = &back[i];
+	}
+	ok(kvmi_vm_read_many(vm, ops, COUNT, err));
+	for (i = 0; i < COUNT; i++)
+		g_assert_cmpint(back[i], ==, 0xcc);
+
+	/* failures in between concern their op only */
+	ops[100].gpa = SIM_MEMORY;
+	ops[200].gpa = SIM_MEMORY * 2;
+	memset(back, 0, COUNT);
+	fails(kvmi_vm_read_many(vm, ops, COUNT, err), KVMI_ERR_NOT_FOUND);
+	for (i = 0; i < COUNT; i++) {
+		bool bad = i == 100 || i == 200;
+
+		g_assert_cmpint(ops[i].status, ==,
+				(bad ? KVMI_ERR_NOT_FOUND : KVMI_OK));
+		g_assert_cmpint(back[i], ==, (bad ? 0 : 0xcc));
+	}
+	ok(kvmi_vm_read_many(vm, NULL, 0, err));
+	/* sizes of whole pages fill the socket's buffers both ways */
+	{
+		static uint8_t all[16][SIM_MEMORY];
+
+		for (i = 0; i < 16; i++)
+			ops[i] = (struct kvmi_memory_op){
+				.size = SIM_MEMORY, .data = all[i] };
+		ok(kvmi_vm_read_many(vm, ops, 16, err));
+		ok(kvmi_vm_write_many(vm, ops, 16, err));
+		g_assert_cmpmem(all[15], SIM_MEMORY, sim->memory, SIM_MEMORY);
+	}
+	g_free(ops);
+	g_free(back);
+	done(sim, vm);
+}
+
+/* Closes after so many commands */
+static void script_close_after(struct sim *sim)
+{
+	unsigned int left = sim->hello_size;
+
+	sim->hello_size = 0;
+	if (!sim_handshake(sim))
+		return;
+	while (left-- && sim_receive(sim))
+		sim_serve_one(sim);
+}
+
+static void test_many_cut(void)
+{
+	struct kvmi_memory_op ops[100];
+	struct sim *sim = sim_new();
+	uint8_t data[100];
+	struct kvmi_vm *vm;
+	unsigned int i;
+
+	sim->hello_size = 51;		/* GET_VERSION and 50 reads */
+	sim->script = script_close_after;
+	vm = connect_vm(sim);
+	for (i = 0; i < 100; i++)
+		ops[i] = (struct kvmi_memory_op){ .size = 1, .data = &data[i] };
+	fails(kvmi_vm_read_many(vm, ops, 100, err), KVMI_ERR_CLOSED);
+	for (i = 0; i < 100; i++)
+		g_assert_cmpint(ops[i].status, ==,
+				(i < 50 ? KVMI_OK : KVMI_ERR_CLOSED));
+	done(sim, vm);
+}
+
+static void test_errors(void)
+{
+	/* -2: with a new one each */
+	static const struct {
+		int32_t error;
+		enum kvmi_status status;
+	} cases[] = {
+		{ KVM_EPERM, KVMI_ERR_NOT_ALLOWED },
+		{ KVM_ENOENT, KVMI_ERR_NOT_FOUND },
+		{ KVM_EAGAIN, KVMI_ERR_NOT_STARTED },
+		{ KVM_ENOMEM, KVMI_ERR_NO_MEMORY },
+		{ KVM_EBUSY, KVMI_ERR_BUSY },
+		{ KVM_EINVAL, KVMI_ERR_INVALID },
+		{ KVM_EOPNOTSUPP, KVMI_ERR_NOT_SUPPORTED },
+		{ KVM_ENOSYS, KVMI_ERR_UNKNOWN },
+		{ 4711, KVMI_ERR_KVM },
+	};
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(cases); i++) {
+		struct kvmi_error err;
+
+		g_assert_cmpint(fail_kvm(&err, KVMI_VM_READ_PHYSICAL,
+					 cases[i].error), ==, cases[i].status);
+		g_assert_cmpint(err.kvm_error, ==, cases[i].error);
+		g_assert_nonnull(strstr(err.message, "vm-read-physical"));
+		g_assert_cmpint(fail_kvm(NULL, 77, cases[i].error), ==,
+				cases[i].status);
+	}
+}
+
+/* ------------------------------------------------------------------------
+ * Events
+ */
+
+static void test_events(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm_event *event, *other;
+	struct kvm_regs regs;
+	struct kvmi_vm *vm;
+	unsigned int count;
+
+	sim->event_before = KVMI_VM_GET_INFO;
+	sim->regs[1].rip = 0x77;
+	vm = connect_vm(sim);
+
+	fails(kvmi_vm_wait_event(vm, 0, &event, err), KVMI_ERR_NOTHING);
+	fails(kvmi_vm_wait_event(vm, 20, &event, err), KVMI_ERR_NOTHING);
+	g_assert_null(kvmi_vm_next_event(vm));
+
+	/* it comes while the library waits for something else */
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(count, ==, SIM_VCPUS);
+	event = kvmi_vm_next_event(vm);
+	g_assert_nonnull(event);
+	g_assert_cmpint(event->id, ==, KVMI_EV_BREAKPOINT);
+	g_assert_cmpint(event->vcpu, ==, 1);
+	g_assert_cmpint(event->seq, ==, 1);
+	g_assert_cmpint(event->state.mode, ==, 8);
+	g_assert_cmphex(event->state.regs.rip, ==, 0x77);
+	g_assert_cmphex(event->state.sregs.cr3, ==, 0x1001);
+	g_assert_cmphex(event->msrs.lstar, ==, 0xffffffff81e00080);
+	g_assert_cmphex(event->breakpoint.gpa, ==, 0x42);
+	g_assert_cmpint(event->breakpoint.insn_len, ==, 1);
+	g_assert_null(kvmi_vm_next_event(vm));
+
+	/* answers */
+	fails(kvmi_vm_reply(vm, event, 3, err), KVMI_ERR_ARGUMENT);
+	ok(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err));
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err),
+	      KVMI_ERR_ANSWERED);
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(sim->replies, ==, 1);
+	g_assert_cmpint(sim->last_reply.action, ==, KVMI_ACTION_RETRY);
+	g_assert_cmpint(sim->last_reply.event, ==, KVMI_EV_BREAKPOINT);
+	g_assert_cmpint(sim->last_seq, ==, 1);
+	kvmi_vm_event_free(event);
+
+	/* PAUSE: several at once, answered in another order */
+	{
+		static const uint16_t vcpus[] = { 2, 0, 1 };
+		enum kvmi_status status[3];
+
+		ok(kvmi_vm_pause_vcpus(vm, vcpus, 3, true, status, err));
+		g_assert_cmpint(status[2], ==, KVMI_OK);
+	}
+	event = kvmi_vm_next_event(vm);
+	other = kvmi_vm_next_event(vm);
+	g_assert_cmpint(event->id, ==, KVMI_EV_PAUSE);
+	g_assert_cmpint(event->vcpu, ==, 2);
+	g_assert_cmpint(other->vcpu, ==, 0);
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err),
+	      KVMI_ERR_ARGUMENT);
+	regs = other->state.regs;
+	regs.rip = 0x99;
+	ok(kvmi_vm_reply_with_registers(vm, other, KVMI_ACTION_CONTINUE, &regs,
+					err));
+	ok(kvmi_vm_reply(vm, event, KVMI_ACTION_CONTINUE, err));
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmphex(sim->regs[0].rip, ==, 0x99);
+	g_assert_cmpint(sim->replies, ==, 3);
+	kvmi_vm_event_free(event);
+	kvmi_vm_event_free(other);
+	fails(kvmi_vm_pause_vcpu(vm, SIM_VCPUS, false, err), KVMI_ERR_INVALID);
+	kvmi_vm_event_free(NULL);
+	/* one event is left in the queue: it must be freed by close */
+	done(sim, vm);
+}
+
+static void script_unhooks(struct sim *sim)
+{
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	/* more than once: still one event */
+	sim_unhook(sim);
+	sim_unhook(sim);
+	sim_event(sim, 0, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
+}
+
+static void test_unhook_and_end(void)
+{
+	struct kvmi_vm_event *event;
+	struct sim *sim = sim_new();
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+	enum kvmi_status status;
+
+	sim->script = script_unhooks;
+	vm = connect_vm(sim);
+
+	/* the events are there, then the end */
+	do {
+		struct pollfd poll_fd = { .fd = kvmi_vm_fd(vm),
+					  .events = kvmi_vm_poll_events(vm) };
+
+		g_assert_cmpint(poll(&poll_fd, 1, 3000), ==, 1);
+		status = kvmi_vm_process(vm, &err);
+	} while (status == KVMI_OK);
+	g_assert_cmpint(status, ==, KVMI_ERR_CLOSED);
+	event = kvmi_vm_next_event(vm);
+	g_assert_cmpint(event->id, ==, KVMI_EV_UNHOOK);
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_CONTINUE, err),
+	      KVMI_ERR_CLOSED);
+	kvmi_vm_event_free(event);
+	ok(kvmi_vm_wait_event(vm, 0, &event, err));
+	g_assert_cmpint(event->id, ==, KVMI_EV_PAUSE);
+	kvmi_vm_event_free(event);
+	fails(kvmi_vm_wait_event(vm, 0, &event, err), KVMI_ERR_CLOSED);
+	done(sim, vm);
+}
+
+/* ------------------------------------------------------------------------
+ * Hostile
+ */
+
+static unsigned int hostile;
+
+static void script_hostile(struct sim *sim)
+{
+	struct kvmi_vcpu_event_breakpoint breakpoint = { 0 };
+	struct kvmi_vcpu_event event = { .size = sizeof(event) };
+	uint8_t body[9000] = { 0 };
+
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	if (!sim_receive(sim))		/* VM_GET_INFO */
+		return;
+
+	body[0] = KVMI_VCPU_EVENT_BREAKPOINT;
+	memcpy(body + 8, &event, sizeof(event));
+	switch (hostile) {
+	case 0:		/* too long */
+		sim_message(sim, sim->last.id, sim->last.seq, body, 8185);
+		break;
+	case 1:		/* another number */
+		sim_answer(sim, sim->last.id, sim->last.seq + 1, 0, body, 16);
+		break;
+	case 2:		/* another command */
+		sim_answer(sim, sim->last.id + 2, sim->last.seq, 0, body, 16);
+		break;
+	case 3:		/* no error code */
+		sim_message(sim, sim->last.id, sim->last.seq, body, 7);
+		break;
+	case 4:		/* too short */
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, body, 15);
+		break;
+	case 5:		/* a positive error */
+		sim_answer(sim, sim->last.id, sim->last.seq, 1, NULL, 0);
+		break;
+	case 6:
+		sim_answer(sim, sim->last.id, sim->last.seq, INT32_MIN, NULL, 0);
+		break;
+	case 7:		/* the same answer twice: the second is to nothing */
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, body + 600, 16);
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, body + 600, 16);
+		sim_serve(sim);
+		break;
+	case 8:		/* events: cut in all kinds of places */
+		sim_message(sim, KVMI_VM_EVENT, 1, body, 7);
+		break;
+	case 9:
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 7);
+		break;
+	case 10:
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 8);
+		break;
+	case 11:
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 551);
+		break;
+	case 12:	/* a breakpoint without data */
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 552);
+		break;
+	case 13:	/* the inner size beyond the outer one */
+		event.size = 600;
+		memcpy(body + 8, &event, sizeof(event));
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 568);
+		break;
+	case 14:	/* the inner size too small */
+		event.size = 543;
+		memcpy(body + 8, &event, sizeof(event));
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 568);
+		break;
+	case 15:	/* more data than any event has */
+		sim_message(sim, KVMI_VCPU_EVENT, 1, body, 552 + 65);
+		break;
+	case 16:	/* impossible vCPU */
+		sim_event(sim, 65535, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
+		break;
+	case 17:	/* two events of a vCPU */
+		sim_event(sim, 1, KVMI_VCPU_EVENT_BREAKPOINT, &breakpoint,
+			  sizeof(breakpoint));
+		sim_event(sim, 1, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
+		break;
+	case 18: {	/* more vCPUs than there can be */
+		uint32_t many[4] = { 1000000 };
+
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, many,
+			   sizeof(many));
+		break;
+	}
+	}
+	sim_receive(sim);
+}
+
+#define HOSTILE 19
+
+static void test_hostile(void)
+{
+	for (hostile = 0; hostile < HOSTILE; hostile++) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+		unsigned int count;
+
+		sim->script = script_hostile;
+		vm = connect_vm(sim);
+		if (hostile == 7) {
+			ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+			fails(kvmi_vm_control_cleanup(vm, true, err),
+			      KVMI_ERR_PROTOCOL);
+		} else {
+			g_test_message("case %u", hostile);
+			fails(kvmi_vm_get_vcpu_count(vm, &count, err),
+			      KVMI_ERR_PROTOCOL);
+		}
+		/* dead for good */
+		fails(kvmi_vm_check_event(vm, 0, err), KVMI_ERR_PROTOCOL);
+		fails(kvmi_vm_process(vm, err), KVMI_ERR_PROTOCOL);
+		done(sim, vm);
+	}
+}
+
+static void script_bad_registers(struct sim *sim)
+{
+	uint8_t body[472 + 16] = { 0 };
+
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	if (!sim_receive(sim))
+		return;
+	body[464] = hostile;	/* nmsrs */
+	sim_answer(sim, sim->last.id, sim->last.seq, 0, body,
+		   hostile == 2 ? 487 : 488);
+	sim_receive(sim);
+}
+
+static void test_bad_registers(void)
+{
+	for (hostile = 0; hostile < 3; hostile++) {
+		static const uint32_t msr = 1;
+		struct kvmi_registers state;
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+		uint64_t value;
+
+		sim->script = script_bad_registers;
+		vm = connect_vm(sim);
+		if (hostile == 1)
+			ok(kvmi_vcpu_get_registers(vm, 0, &state, &msr, &value,
+						   1, err));
+		else
+			fails(kvmi_vcpu_get_registers(vm, 0, &state, &msr,
+						      &value, 1, err),
+			      KVMI_ERR_PROTOCOL);
+		done(sim, vm);
+	}
+}
+
+static void test_bad_memory(void)
+{
+	unsigned int size;
+
+	/* error code and one byte less or more than asked for */
+	for (size = 8 + 15; size <= 8 + 17; size += 2) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm = connect_vm(sim);
+		uint8_t data[16 + 1] = { 0 };
+
+		sim->answer_size = size;
+		fails(kvmi_vm_read_physical(vm, 0, data, 16, err),
+		      KVMI_ERR_PROTOCOL);
+		g_assert_cmpint(data[16], ==, 0);
+		done(sim, vm);
+	}
+}
+
+/* The connection ends at each byte of an answer */
+static unsigned int cut_at;
+
+static void script_cut_answer(struct sim *sim)
+{
+	struct kvmi_msg_hdr header = { .id = KVMI_VM_GET_INFO, .size = 24 };
+	uint8_t message[32] = { 0 };
+
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	if (!sim_receive(sim))
+		return;
+	header.seq = sim->last.seq;
+	memcpy(message, &header, sizeof(header));
+	sim_send(sim, message, cut_at);
+}
+
+static void test_cut_answer(void)
+{
+	for (cut_at = 0; cut_at <= 32; cut_at++) {
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+		unsigned int count;
+
+		sim->script = script_cut_answer;
+		vm = connect_vm(sim);
+		if (cut_at == 32)
+			ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+		else
+			fails(kvmi_vm_get_vcpu_count(vm, &count, err),
+			      KVMI_ERR_CLOSED);
+		done(sim, vm);
+	}
+}
+
+/* Everything in pieces of each size */
+static void test_pieces(void)
+{
+	unsigned int piece;
+
+	for (piece = 1; piece < 600; piece += 37) {
+		struct kvmi_vm_event *event;
+		struct sim *sim = sim_new();
+		struct kvmi_vm *vm;
+		uint8_t data[5000];
+		unsigned int count;
+
+		sim->piece = piece;
+		sim->event_before = KVMI_VM_GET_INFO;
+		vm = connect_vm(sim);
+		ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+		event = kvmi_vm_next_event(vm);
+		g_assert_cmpint(event->breakpoint.gpa, ==, 0x42);
+		kvmi_vm_event_free(event);
+		if (piece > 100)
+			ok(kvmi_vm_read_physical(vm, 0, data, sizeof(data), err));
+		done(sim, vm);
+	}
+}
+
+/* ------------------------------------------------------------------------
+ * Time
+ */
+
+static void script_late(struct sim *sim)
+{
+	struct kvmi_msg_hdr late;
+
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	/* the first command is answered after the second */
+	if (!sim_receive(sim))
+		return;
+	late = sim->last;
+	if (!sim_receive(sim))
+		return;
+	sim_answer(sim, late.id, late.seq, 0, sim->memory, 16);
+	sim_serve_one(sim);
+	sim_serve(sim);
+}
+
+static void test_timeout(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t data[16] = { 1, 1, 1 }, untouched[16] = { 1, 1, 1 };
+	struct kvmi_vm *vm;
+	unsigned int count;
+
+	sim->script = script_late;
+	vm = connect_vm(sim);
+	ok(kvmi_vm_set_timeout(vm, 50, err));
+	fails(kvmi_vm_read_physical(vm, 0, data, 16, err), KVMI_ERR_TIMEOUT);
+	ok(kvmi_vm_set_timeout(vm, 3000, err));
+	/* the late answer goes nowhere, above all not into data */
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpmem(data, 16, untouched, 16);
+	g_assert_cmpint(count, ==, SIM_VCPUS);
+	done(sim, vm);
+}
+
+static void test_limit(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	unsigned int i, count;
+	uint64_t hz;
+
+	sim->silent_id = KVMI_VCPU_GET_INFO;
+	ok(kvmi_vm_set_timeout(vm, 1, err));
+	for (i = 0; i < MAX_PENDING; i++)
+		fails(kvmi_vcpu_get_tsc_speed(vm, 0, &hz, err),
+		      KVMI_ERR_TIMEOUT);
+	fails(kvmi_vcpu_get_tsc_speed(vm, 0, &hz, err), KVMI_ERR_LIMIT);
+	fails(kvmi_vm_get_vcpu_count(vm, &count, err), KVMI_ERR_LIMIT);
+	done(sim, vm);
+}
+
+/* A peer that does not read: sending must not hang */
+static void script_deaf(struct sim *sim)
+{
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	while (!g_atomic_int_get(&sim->commands))
+		g_usleep(1000);
+}
+
+static void test_deaf(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t *data = g_malloc0(32 * 4096);
+	gint64 start = g_get_monotonic_time();
+	struct kvmi_vm *vm;
+	unsigned int i;
+
+	sim->script = script_deaf;
+	vm = connect_vm(sim);
+	sim->commands = 0;
+	ok(kvmi_vm_set_timeout(vm, 100, err));
+	for (i = 0; i < 3; i++)
+		fails(kvmi_vm_write_physical(vm, 0, data, 32 * 4096, err),
+		      KVMI_ERR_TIMEOUT);
+	g_assert_cmpint(kvmi_vm_poll_events(vm), ==, POLLIN | POLLOUT);
+	/* closing does not hang either */
+	kvmi_vm_close(vm);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 5000000);
+	g_atomic_int_set(&sim->commands, 1);
+	sim_stop(sim);
+	g_free(sim);
+	g_free(data);
+}
+
+/* ------------------------------------------------------------------------
+ * Listening
+ */
+
+static void test_listener(void)
+{
+	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(folder, "socket", NULL);
+	g_autofree char *file = g_build_filename(folder, "file", NULL);
+	struct kvmi_listener *listener, *second;
+	struct kvmi_error err;
+	struct kvmi_vm *vm[2], *none;
+	uint8_t digest[SHA1_SIZE];
+	struct sim *sim[2];
+	char longer[200];
+	struct stat info;
+	int i;
+
+	listener = kvmi_listener_new_unix(path, 0, &err);
+	g_assert_nonnull(listener);
+	g_assert_cmpint(stat(path, &info), ==, 0);
+	g_assert_cmpint(info.st_mode & 0777, ==, 0600);
+	fails(kvmi_listener_accept(listener, &none, err), KVMI_ERR_NOTHING);
+	g_assert_null(none);
+	ok(kvmi_listener_set_key(listener, "abc", 3, err));
+
+	/* in use */
+	g_assert_null(kvmi_listener_new_unix(path, 0, &err));
+	g_assert_nonnull(strstr(err.message, "listening"));
+	/* that was a connection, too; it ends before its handshake */
+	ok(kvmi_listener_accept(listener, &vm[0], err));
+	fails(kvmi_vm_connect(vm[0], 0, 0, err), KVMI_ERR_CLOSED);
+	kvmi_vm_close(vm[0]);
+
+	/* two VMs at once */
+	for (i = 0; i < 2; i++) {
+		sim[i] = sim_new();
+		sim[i]->regs[0].rip = 100 + i;
+		sim_connect(sim[i], path);
+	}
+	ok(kvmi_listener_accept(listener, &vm[0], err));
+	ok(kvmi_listener_accept(listener, &vm[1], err));
+	fails(kvmi_listener_accept(listener, &none, err), KVMI_ERR_NOTHING);
+	/* the connections do not depend on the listener */
+	kvmi_listener_free(listener);
+	sha1("abc", 3, digest);
+	for (i = 0; i < 2; i++)
+		ok(kvmi_vm_connect(vm[i], 0, 0, err));
+	for (i = 0; i < 2; i++) {
+		struct kvmi_registers state;
+
+		check_hello(vm[i]);
+		g_assert_cmpmem(sim[i]->cookie, 20, digest, 20);
+		ok(kvmi_vcpu_get_registers(vm[i], 0, &state, NULL, NULL, 0, err));
+		g_assert_cmpint(state.regs.rip, ==, 100 + i);
+	}
+	for (i = 0; i < 2; i++)
+		done(sim[i], vm[i]);
+	g_assert_cmpint(stat(path, &info), ==, -1);
+
+	/* left behind by a program that was killed */
+	{
+		struct sockaddr_un address = { .sun_family = AF_UNIX };
+		int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+		g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
+		g_assert_cmpint(bind(fd, (struct sockaddr *)&address,
+				     sizeof(address)), ==, 0);
+		close(fd);
+	}
+	listener = kvmi_listener_new_unix(path, 0660, &err);
+	g_assert_nonnull(listener);
+	g_assert_cmpint(stat(path, &info), ==, 0);
+	g_assert_cmpint(info.st_mode & 0777, ==, 0660);
+
+	/* somebody else's by now: not to be deleted */
+	g_assert_cmpint(unlink(path), ==, 0);
+	second = kvmi_listener_new_unix(path, 0, &err);
+	g_assert_nonnull(second);
+	kvmi_listener_free(listener);
+	g_assert_cmpint(stat(path, &info), ==, 0);
+	kvmi_listener_free(second);
+	g_assert_cmpint(stat(path, &info), ==, -1);
+	kvmi_listener_free(NULL);
+
+	/* not a socket */
+	g_assert_true(g_file_set_contents(file, "precious", -1, NULL));
+	g_assert_null(kvmi_listener_new_unix(file, 0, &err));
+	g_assert_nonnull(strstr(err.message, "not a socket"));
+	g_assert_cmpint(stat(file, &info), ==, 0);
+	g_assert_cmpint(info.st_size, ==, 8);
+
+	memset(longer, 'x', sizeof(longer) - 1);
+	longer[sizeof(longer) - 1] = 0;
+	g_assert_null(kvmi_listener_new_unix(longer, 0, &err));
+	g_assert_cmpint(err.status, ==, KVMI_ERR_ARGUMENT);
+	g_assert_null(kvmi_listener_new_unix("", 0, &err));
+	g_assert_null(kvmi_listener_new_unix("/nonexistent/x", 0, &err));
+	g_assert_cmpint(err.sys_errno, ==, ENOENT);
+	g_assert_null(kvmi_vm_new(-1, NULL, 0, &err));
+	g_assert_cmpint(err.sys_errno, ==, EBADF);
+
+	unlink(file);
+	rmdir(folder);
+}
+
+int main(int argc, char **argv)
+{
+	g_test_init(&argc, &argv, NULL);
+	g_test_add_func("/lib/sha1", test_sha1);
+	g_test_add_func("/lib/names", test_names);
+	g_test_add_func("/lib/errors", test_errors);
+	g_test_add_func("/lib/handshake/good", test_handshake);
+	g_test_add_func("/lib/handshake/pieces", test_handshake_in_pieces);
+	g_test_add_func("/lib/handshake/key", test_handshake_key);
+	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
+	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);
+	g_test_add_func("/lib/handshake/cut", test_handshake_cut);
+	g_test_add_func("/lib/handshake/refused", test_handshake_refused);
+	g_test_add_func("/lib/handshake/old-protocol", test_old_protocol);
+	g_test_add_func("/lib/handshake/allowed", test_allowed);
+	g_test_add_func("/lib/commands", test_commands);
+	g_test_add_func("/lib/memory", test_memory);
+	g_test_add_func("/lib/many", test_many);
+	g_test_add_func("/lib/many-cut", test_many_cut);
+	g_test_add_func("/lib/events", test_events);
+	g_test_add_func("/lib/unhook-and-end", test_unhook_and_end);
+	g_test_add_func("/lib/hostile/messages", test_hostile);
+	g_test_add_func("/lib/hostile/registers", test_bad_registers);
+	g_test_add_func("/lib/hostile/memory", test_bad_memory);
+	g_test_add_func("/lib/hostile/cut", test_cut_answer);
+	g_test_add_func("/lib/pieces", test_pieces);
+	g_test_add_func("/lib/timeout", test_timeout);
+	g_test_add_func("/lib/limit", test_limit);
+	g_test_add_func("/lib/deaf", test_deaf);
+	g_test_add_func("/lib/listener", test_listener);
+
+	return g_test_run();
+}

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kvmi.h"
+#include "output.h"
+
+static const char help[] =
+"Usage: kvmi COMMAND [OPTION]...\n"
+"\n"
+"Looks into virtual machines through KVM introspection.  QEMU connects to this\n"
+"program's socket; start the VM with\n"
+"\n"
+"  -chardev socket,id=kvmi0-chr,path=PATH,server=off,reconnect-ms=1000\n"
+"  -object kvmi,id=kvmi0,chardev=kvmi0-chr\n"
+"\n"
+"Either side may be started first.\n"
+"\n"
+"Commands:\n"
+"  watch   count and print calls of functions of running guest kernels\n"
+"  info    print what a VM allows, then let it go\n"
+"  read    print memory of a VM\n"
+"\n"
+"'kvmi COMMAND --help' tells about each.\n";
+
+int parse_number(const char *text, uint64_t least, uint64_t most,
+		 uint64_t *value)
+{
+	char *end;
+
+	errno = 0;
+	*value = strtoull(text, &end, 0);
+	if (errno || *end || end == text || text[0] == '-' ||
+	    *value < least || *value > most)
+		return -1;
+
+	return 0;
+}
+
+void format_uuid(const uint8_t uuid[16], char text[37])
+{
+	int i, at = 0;
+
+	for (i = 0; i < 16; i++)
+		at += sprintf(text + at, "%s%02x",
+			      i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "",
+			      uuid[i]);
+}
+
+struct kvmi_listener *start_listening(const char *socket, const char *key_file,
+				      unsigned int mode)
+{
+	struct kvmi_listener *listener = NULL;
+	struct kvmi_error err;
+	uint8_t key[4097];
+	ssize_t size = 0;
+
+	if (!socket) {
+		complain("--socket PATH is missing");
+		return NULL;
+	}
+	if (key_file) {
+		int fd = open(key_file, O_RDONLY | O_CLOEXEC);
+
+		if (fd >= 0) {
+			size = read(fd, key, sizeof(key));
+			close(fd);
+		}
+		if (fd < 0 || size < 0) {
+			complain("%s: %s", key_file, strerror(errno));
+			return NULL;
+		}
+		if (!size || size == sizeof(key)) {
+			complain("%s: a key has 1 to %zu bytes", key_file,
+				 sizeof(key) - 1);
+			return NULL;
+		}
+	}
+
+	listener = kvmi_listener_new_unix(socket, mode, &err);
+	if (listener && size &&
+	    kvmi_listener_set_key(listener, key, size, &err) != KVMI_OK) {
+		kvmi_listener_free(listener);
+		listener = NULL;
+	}
+	explicit_bzero(key, sizeof(key));
+	if (!listener)
+		complain("%s", err.message);
+
+	return listener;
+}
+
+static volatile sig_atomic_t interrupted;
+
+static void on_signal(int signal)
+{
+	(void)signal;
+	interrupted = 1;
+}
+
+struct kvmi_vm *wait_for_vm(const struct one_vm_options *options,
+			    uint64_t commands, uint64_t events)
+{
+	/* no SA_RESTART: poll() ends */
+	struct sigaction action = { .sa_handler = on_signal };
+	struct kvmi_listener *listener;
+	struct kvmi_vm *vm = NULL;
+	struct kvmi_error err;
+	enum kvmi_status status;
+	time_t end = 0;
+
+	listener = start_listening(options->socket, options->key_file, 0);
+	if (!listener)
+		return NULL;
+
+	sigaction(SIGINT, &action, NULL);
+	sigaction(SIGTERM, &action, NULL);
+	if (options->timeout_s)
+		end = time(NULL) + options->timeout_s;
+
+	while (!vm && !interrupted) {
+		struct pollfd poll_fd = { .fd = kvmi_listener_fd(listener),
+					  .events = POLLIN };
+
+		if (end && time(NULL) >= end) {
+			complain("no VM has connected to %s within %u s",
+				 options->socket, options->timeout_s);
+			break;
+		}
+		if (poll(&poll_fd, 1, 1000) <= 0)
+			continue;
+		status = kvmi_listener_accept(listener, &vm, &err);
+		if (status == KVMI_ERR_NOTHING)
+			continue;
+		if (status == KVMI_OK) {
+			status = kvmi_vm_connect(vm, commands, events, &err);
+			/* not allowed: maybe they can do without */
+			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED)
+				break;
+		}
+		complain("%s", err.message);
+		kvmi_vm_close(vm);
+		vm = NULL;
+		if (status == KVMI_ERR_SYSTEM)
+			break;
+	}
+	kvmi_listener_free(listener);
+
+	return vm;
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		int (*run)(int argc, char **argv);
+	} commands[] = {
+		{ "watch", watch_main },
+		{ "info", info_main },
+		{ "read", read_main },
+	};
+	size_t i;
+
+	/* a reader that goes away must not take us away from a guest */
+	signal(SIGPIPE, SIG_IGN);
+
+	if (argc < 2) {
+		fputs(help, stderr);
+		return EXIT_USAGE;
+	}
+	if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ||
+	    !strcmp(argv[1], "help")) {
+		fputs(help, stdout);
+		return EXIT_OK;
+	}
+	if (!strcmp(argv[1], "--version")) {
+		puts("kvmi " KVMI_TOOL_VERSION);
+		return EXIT_OK;
+	}
+	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++)
+		if (!strcmp(argv[1], commands[i].name))
+			return commands[i].run(argc - 1, argv + 1);
+
+	complain("there is no command %s; see kvmi --help", argv[1]);
+
+	return EXIT_USAGE;
+}

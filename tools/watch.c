@@ -1,0 +1,602 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+
+#include <errno.h>
+#include <getopt.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/signalfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kvmi.h"
+#include "output.h"
+#include "watch.h"
+
+#define MAX_SESSIONS 256
+/* How long a session may take to leave its guest clean */
+#define STOP_TIMEOUT_S 20
+
+static const char help[] =
+"Usage: kvmi watch --socket PATH [OPTION]...\n"
+"\n"
+"Waits for VMs (any number of them), puts breakpoints into their running Linux\n"
+"kernels, and prints and counts the hits.  When a VM is going to be paused,\n"
+"saved or migrated, all breakpoints are taken out first; they are put back when\n"
+"the VM comes back.  Ctrl-C takes them out, too; a second one ends at once and\n"
+"leaves them in.\n"
+"\n"
+"Options:\n"
+"  -s, --socket PATH       listen on this unix socket\n"
+"      --mode OCTAL        permissions of the socket (default: 0600)\n"
+"  -k, --key-file FILE     the secret that the key= property of QEMU's kvmi\n"
+"                          object stands for\n"
+"  -b, --break WHERE       SYMBOL, SYMBOL+OFFSET, or an address in the guest\n"
+"                          (0x...); can be given many times.  It must be where an\n"
+"                          instruction begins; that cannot be checked\n"
+"  -f, --break-file FILE   one WHERE a line; # begins a comment\n"
+"  -m, --system-map FILE   the System.map of the guests' kernel.  Without it, each\n"
+"                          guest's symbols are read from its own memory\n"
+"  -n, --count N           end after N hits\n"
+"      --show N            print the first N hits of each breakpoint, then only\n"
+"                          numbers once a second (default: 5)\n"
+"  -q, --quiet             print no hits, only the numbers at the end\n"
+"  -j, --json              print one JSON object a line: all events, all hits\n"
+"  -h, --help              print this\n"
+"\n"
+"JSON: every object has \"ts\" (microseconds since 1970), \"event\" and, but for the\n"
+"first, \"vm\" and \"uuid\".  Addresses and registers are strings (\"0x...\").\n"
+"  listening       socket\n"
+"  connected       start_time, max_gpa\n"
+"  ready           kernel, offset (KASLR), vcpus: the guest's kernel was found;\n"
+"                  without breakpoints, nobody looks for it, and these are missing\n"
+"  planted         breakpoints: how many; duration_us\n"
+"  hit             vcpu, symbol, address, hits, registers{}\n"
+"  summary         interval_us, foreign, breakpoints[{symbol, hits}]: each second\n"
+"  notified        reason: \"unhook\" (the VM is going to be paused) or \"stop\"\n"
+"  breakpoint-out  symbol, address, original (the byte put back)\n"
+"                  or, when there are more than 16, only their count\n"
+"  clean           breakpoints, verified, held, duration_us: the last one is out,\n"
+"                  memory was read to make sure\n"
+"  closed          reason: \"unhook\", \"stop\" or \"lost\"; detail; hits\n"
+"  problem         message\n";
+
+enum {
+	OPTION_MODE = 256,
+	OPTION_SHOW,
+	OPTION_SPREAD,
+};
+
+void watch_stop(struct watch *watch)
+{
+	atomic_store(&watch->stopping, true);
+	if (eventfd_write(watch->stop_fd, 1))
+		complain("eventfd: %s", strerror(errno));
+}
+
+/* ------------------------------------------------------------------------
+ * Records
+ */
+
+static struct vm_record *record_new(struct watch *watch,
+				    const struct kvmi_vm_hello *hello)
+{
+	struct vm_record *record = calloc(1, sizeof(*record));
+	size_t i, count = watch->spec_count + watch->spread;
+
+	if (!record)
+		return NULL;
+	record->breakpoints = calloc(count + 1, sizeof(struct breakpoint));
+	record->planted = calloc(count + 1, sizeof(struct breakpoint *));
+	if (!record->breakpoints || !record->planted) {
+		free(record->breakpoints);
+		free(record->planted);
+		free(record);
+		return NULL;
+	}
+	record->breakpoint_count = count;
+	for (i = 0; i < count; i++) {
+		struct breakpoint *bp = &record->breakpoints[i];
+
+		bp->spec = i < watch->spec_count ? watch->specs[i] : NULL;
+		snprintf(bp->name, sizeof(bp->name), "%s",
+			 bp->spec ? bp->spec : "padding");
+	}
+	memcpy(record->uuid, hello->uuid, sizeof(record->uuid));
+	memcpy(record->name, hello->name, sizeof(hello->name));
+	if (record->name[0])
+		strcpy(record->label, record->name);
+	else
+		snprintf(record->label, sizeof(record->label), "vm%u",
+			 watch->record_count);
+
+	return record;
+}
+
+static void record_free(struct vm_record *record)
+{
+	guest_forget(&record->guest);
+	free(record->breakpoints);
+	free(record->planted);
+	free(record);
+}
+
+struct vm_record *record_take(struct watch *watch, struct kvmi_vm *vm)
+{
+	static const uint8_t none[16];
+	const struct kvmi_vm_hello *hello = kvmi_vm_get_hello(vm);
+	bool has_uuid = memcmp(hello->uuid, none, sizeof(none));
+	struct vm_record *record;
+	struct timespec end;
+	bool busy;
+
+	/* The last connection of the same VM may be about to end */
+	clock_gettime(CLOCK_REALTIME, &end);
+	end.tv_sec += 2;
+
+	pthread_mutex_lock(&watch->lock);
+	for (;;) {
+		busy = false;
+		for (record = watch->records; record; record = record->next) {
+			if (memcmp(record->uuid, hello->uuid,
+				   sizeof(record->uuid)) ||
+			    strcmp(record->name, hello->name))
+				continue;
+			/* without a uuid, this is the best there is */
+			if (!has_uuid &&
+			    record->start_time != hello->start_time)
+				continue;
+			if (!record->active)
+				break;
+			busy = has_uuid;
+		}
+		if (record || !busy)
+			break;
+		if (pthread_cond_timedwait(&watch->changed, &watch->lock, &end))
+			break;
+	}
+	if (!record && !busy) {
+		record = record_new(watch, hello);
+		if (record) {
+			record->next = watch->records;
+			watch->records = record;
+			watch->record_count++;
+		}
+	}
+	if (record)
+		record->active = true;
+	pthread_mutex_unlock(&watch->lock);
+
+	return record;
+}
+
+void record_release(struct watch *watch, struct vm_record *record)
+{
+	pthread_mutex_lock(&watch->lock);
+	record->active = false;
+	pthread_cond_broadcast(&watch->changed);
+	pthread_mutex_unlock(&watch->lock);
+}
+
+/* ------------------------------------------------------------------------
+ * Threads
+ */
+
+struct start {
+	struct watch *watch;
+	struct kvmi_vm *vm;
+};
+
+static void *run_session(void *context)
+{
+	struct start start = *(struct start *)context;
+
+	free(context);
+	session_run(start.watch, start.vm);
+
+	pthread_mutex_lock(&start.watch->lock);
+	start.watch->sessions--;
+	pthread_cond_broadcast(&start.watch->changed);
+	pthread_mutex_unlock(&start.watch->lock);
+
+	return NULL;
+}
+
+static void start_session(struct watch *watch, struct kvmi_vm *vm)
+{
+	struct start *start = malloc(sizeof(*start));
+	pthread_t thread;
+	bool room;
+
+	pthread_mutex_lock(&watch->lock);
+	room = watch->sessions < MAX_SESSIONS;
+	if (room)
+		watch->sessions++;
+	pthread_mutex_unlock(&watch->lock);
+	if (!room) {
+		complain("more than %d connections", MAX_SESSIONS);
+		goto failed;
+	}
+
+	if (start) {
+		*start = (struct start){ watch, vm };
+		if (!pthread_create(&thread, NULL, run_session, start)) {
+			pthread_detach(thread);
+			return;
+		}
+	}
+	complain("a connection was dropped: no memory for a thread");
+	pthread_mutex_lock(&watch->lock);
+	watch->sessions--;
+	pthread_mutex_unlock(&watch->lock);
+failed:
+	free(start);
+	kvmi_vm_close(vm);
+}
+
+/* ------------------------------------------------------------------------
+ * Options
+ */
+
+static int add_spec(struct watch *watch, const char *text)
+{
+	char **specs = realloc(watch->specs, (watch->spec_count + 1) *
+			       sizeof(*specs));
+
+	if (!specs)
+		return -1;
+	watch->specs = specs;
+	specs[watch->spec_count] = strdup(text);
+	if (!specs[watch->spec_count])
+		return -1;
+	watch->spec_count++;
+
+	return 0;
+}
+
+static int add_file(struct watch *watch, const char *path)
+{
+	FILE *file = strcmp(path, "-") ? fopen(path, "re") : stdin;
+	size_t capacity = 0;
+	char *line = NULL;
+	int result = 0;
+
+	if (!file) {
+		complain("%s: %s", path, strerror(errno));
+		return -1;
+	}
+	while (!result && getline(&line, &capacity, file) >= 0) {
+		char *start = line + strspn(line, " \t\r\n");
+
+		start[strcspn(start, "# \t\r\n")] = 0;
+		if (*start)
+			result = add_spec(watch, start);
+	}
+	if (result || ferror(file)) {
+		complain("%s: cannot be read", path);
+		result = -1;
+	}
+	free(line);
+	if (file != stdin)
+		fclose(file);
+
+	return result;
+}
+
+static int parse_options(struct watch *watch, int argc, char **argv,
+			 const char **socket, const char **key_file,
+			 unsigned int *mode)
+{
+	static const struct option options[] = {
+		{ "socket", required_argument, NULL, 's' },
+		{ "mode", required_argument, NULL, OPTION_MODE },
+		{ "key-file", required_argument, NULL, 'k' },
+		{ "break", required_argument, NULL, 'b' },
+		{ "break-file", required_argument, NULL, 'f' },
+		/*
+		 * For measurements: that many breakpoints in the padding
+		 * between functions, which never runs.
+		 */
+		{ "break-spread", required_argument, NULL, OPTION_SPREAD },
+		{ "system-map", required_argument, NULL, 'm' },
+		{ "count", required_argument, NULL, 'n' },
+		{ "show", required_argument, NULL, OPTION_SHOW },
+		{ "quiet", no_argument, NULL, 'q' },
+		{ "json", no_argument, NULL, 'j' },
+		{ "help", no_argument, NULL, 'h' },
+		{ 0 },
+	};
+	const char *map_path = NULL;
+	char text[512], *end;
+	uint64_t number;
+	int option;
+
+	while ((option = getopt_long(argc, argv, "s:k:b:f:m:n:qjh", options,
+				     NULL)) >= 0) {
+		switch (option) {
+		case 's':
+			*socket = optarg;
+			break;
+		case OPTION_MODE:
+			*mode = strtoul(optarg, &end, 8);
+			if (*end || !*mode || *mode > 0777) {
+				complain("--mode wants an octal number from 1 to 0777");
+				return EXIT_USAGE;
+			}
+			break;
+		case 'k':
+			*key_file = optarg;
+			break;
+		case 'b':
+			if (!*optarg || add_spec(watch, optarg)) {
+				complain("--break wants a symbol or an address");
+				return EXIT_USAGE;
+			}
+			break;
+		case 'f':
+			if (add_file(watch, optarg))
+				return EXIT_PROBLEM;
+			break;
+		case OPTION_SPREAD:
+			if (parse_number(optarg, 0, 100000, &number)) {
+				complain("--break-spread wants a number");
+				return EXIT_USAGE;
+			}
+			watch->spread = number;
+			break;
+		case 'm':
+			map_path = optarg;
+			break;
+		case 'n':
+			if (parse_number(optarg, 1, UINT64_MAX, &number)) {
+				complain("--count wants a number above 0");
+				return EXIT_USAGE;
+			}
+			watch->count = number;
+			break;
+		case OPTION_SHOW:
+			if (parse_number(optarg, 0, UINT32_MAX, &number)) {
+				complain("--show wants a number");
+				return EXIT_USAGE;
+			}
+			watch->show_hits = number;
+			break;
+		case 'q':
+			watch->quiet = true;
+			break;
+		case 'j':
+			watch->json = true;
+			break;
+		case 'h':
+			fputs(help, stdout);
+			return EXIT_OK;
+		default:
+			return EXIT_USAGE;
+		}
+	}
+	if (optind < argc) {
+		complain("%s: no such argument; breakpoints are given by --break",
+			 argv[optind]);
+		return EXIT_USAGE;
+	}
+	if (!*socket) {
+		complain("--socket PATH is missing; see kvmi watch --help");
+		return EXIT_USAGE;
+	}
+	if (map_path) {
+		watch->map = symbols_load(map_path, text, sizeof(text));
+		if (!watch->map) {
+			complain("%s", text);
+			return EXIT_PROBLEM;
+		}
+	}
+
+	return -1;
+}
+
+/* ------------------------------------------------------------------------ */
+
+static void print_totals(struct watch *watch)
+{
+	struct vm_record *record;
+	size_t i, quiet;
+
+	if (watch->json)
+		return;
+	for (record = watch->records; record; record = record->next) {
+		uint64_t total = 0;
+
+		if (!record->breakpoint_count)
+			continue;
+		for (i = 0; i < record->breakpoint_count; i++)
+			total += record->breakpoints[i].hits;
+		human(0, false, "%s: %llu hits", record->label,
+		      (unsigned long long)total);
+		for (i = quiet = 0; i < record->breakpoint_count; i++) {
+			const struct breakpoint *bp = &record->breakpoints[i];
+
+			if (bp->hits || record->breakpoint_count <= 20)
+				human(0, false, "  %12llu  %s",
+				      (unsigned long long)bp->hits, bp->name);
+			else
+				quiet++;
+		}
+		if (quiet)
+			human(0, false, "  %zu others were not hit", quiet);
+	}
+}
+
+static void free_watch(struct watch *watch)
+{
+	struct vm_record *record;
+	size_t i;
+
+	while ((record = watch->records)) {
+		watch->records = record->next;
+		record_free(record);
+	}
+	for (i = 0; i < watch->spec_count; i++)
+		free(watch->specs[i]);
+	free(watch->specs);
+	symbols_free(watch->map);
+}
+
+/* Until all sessions have ended.  false: some did not in time. */
+static bool wait_for_sessions(struct watch *watch, int signal_fd)
+{
+	struct timespec end;
+	bool done;
+
+	clock_gettime(CLOCK_REALTIME, &end);
+	end.tv_sec += STOP_TIMEOUT_S;
+
+	pthread_mutex_lock(&watch->lock);
+	while (watch->sessions) {
+		struct signalfd_siginfo info;
+		struct timespec slice, now;
+
+		clock_gettime(CLOCK_REALTIME, &now);
+		if (now.tv_sec >= end.tv_sec)
+			break;
+		slice = now;
+		slice.tv_nsec += 100000000;
+		if (slice.tv_nsec >= 1000000000) {
+			slice.tv_sec++;
+			slice.tv_nsec -= 1000000000;
+		}
+		pthread_cond_timedwait(&watch->changed, &watch->lock, &slice);
+		if (read(signal_fd, &info, sizeof(info)) == sizeof(info)) {
+			complain("ended by force; breakpoints may be left in guests");
+			_exit(128 + info.ssi_signo);
+		}
+	}
+	done = !watch->sessions;
+	pthread_mutex_unlock(&watch->lock);
+
+	return done;
+}
+
+static int listen_and_watch(struct watch *watch, struct kvmi_listener *listener,
+			    int signal_fd)
+{
+	struct kvmi_error err;
+
+	while (!atomic_load(&watch->stopping)) {
+		struct pollfd poll_fds[] = {
+			{ .fd = kvmi_listener_fd(listener), .events = POLLIN },
+			{ .fd = signal_fd, .events = POLLIN },
+			{ .fd = watch->stop_fd, .events = POLLIN },
+			{ .fd = output_fd(), .events = POLLIN },
+		};
+		struct signalfd_siginfo info;
+		struct kvmi_vm *vm;
+
+		if (poll(poll_fds, 4, -1) < 0 && errno != EINTR) {
+			complain("poll: %s", strerror(errno));
+			atomic_store(&watch->problem, true);
+			break;
+		}
+		if (poll_fds[1].revents &&
+		    read(signal_fd, &info, sizeof(info)) == sizeof(info))
+			break;
+		if (poll_fds[3].revents) {
+			complain("standard output cannot be written to any more");
+			atomic_store(&watch->problem, true);
+			break;
+		}
+		if (!poll_fds[0].revents)
+			continue;
+		switch (kvmi_listener_accept(listener, &vm, &err)) {
+		case KVMI_OK:
+			start_session(watch, vm);
+			break;
+		case KVMI_ERR_NOTHING:
+			break;
+		default:
+			/* out of descriptors or memory: that may pass */
+			complain("%s", err.message);
+			poll(NULL, 0, 200);
+		}
+	}
+	watch_stop(watch);
+
+	if (!wait_for_sessions(watch, signal_fd)) {
+		complain("some VMs did not answer; breakpoints may be left in guests");
+		return -1;
+	}
+
+	return 0;
+}
+
+int watch_main(int argc, char **argv)
+{
+	struct watch watch = {
+		.show_hits = 5,
+		.lock = PTHREAD_MUTEX_INITIALIZER,
+		.changed = PTHREAD_COND_INITIALIZER,
+		.stop_fd = -1,
+	};
+	const char *socket = NULL, *key_file = NULL;
+	struct kvmi_listener *listener = NULL;
+	int result, signal_fd = -1;
+	unsigned int mode = 0;
+	sigset_t signals;
+
+	result = parse_options(&watch, argc, argv, &socket, &key_file, &mode);
+	if (result >= 0)
+		goto out;
+	result = EXIT_PROBLEM;
+
+	/* Before any thread starts: they all have them blocked */
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGINT);
+	sigaddset(&signals, SIGTERM);
+	sigaddset(&signals, SIGHUP);
+	pthread_sigmask(SIG_BLOCK, &signals, NULL);
+	signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+	watch.stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (signal_fd < 0 || watch.stop_fd < 0 || output_start()) {
+		complain("cannot start: %s", strerror(errno));
+		goto out;
+	}
+
+	listener = start_listening(socket, key_file, mode);
+	if (!listener)
+		goto out;
+	if (watch.json) {
+		struct line line;
+
+		json_start(&line, now_us(), "listening");
+		json_string(&line, "socket", socket);
+		json_end(&line, false);
+	} else {
+		human(now_us(), false, "waiting for VMs on %s", socket);
+	}
+
+	if (listen_and_watch(&watch, listener, signal_fd)) {
+		/* threads are still using everything */
+		kvmi_listener_free(listener);
+		output_end();
+		fflush(stderr);
+		_exit(EXIT_PROBLEM);
+	}
+	kvmi_listener_free(listener);
+	print_totals(&watch);
+	if (output_dropped())
+		complain("%lu lines of output were dropped because they were not read in time",
+			 output_dropped());
+	if (!output_end())
+		atomic_store(&watch.problem, true);
+	result = atomic_load(&watch.problem) ? EXIT_PROBLEM : EXIT_OK;
+out:
+	if (signal_fd >= 0)
+		close(signal_fd);
+	if (watch.stop_fd >= 0)
+		close(watch.stop_fd);
+	free_watch(&watch);
+
+	return result;
+}

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#ifndef WATCH_H
+#define WATCH_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <kvmi/kvmi.h>
+
+#include "guest.h"
+#include "insn.h"
+#include "symbols.h"
+
+/*
+ * kvmi watch: the main thread listens and catches signals, one thread for each
+ * connection talks to KVM.
+ */
+
+struct watch {
+	bool json;
+	bool quiet;
+	unsigned int show_hits;		/* print that many of each breakpoint */
+	uint64_t count;			/* stop after so many hits; 0: don't */
+	struct symbols *map;		/* NULL: take the guest's own */
+	char **specs;			/* --break */
+	size_t spec_count;
+	unsigned int spread;		/* --break-spread */
+
+	int stop_fd;			/* readable: clean up and end */
+	atomic_bool stopping;
+	atomic_bool problem;		/* exit status 1 */
+	atomic_uint_fast64_t hits;
+
+	pthread_mutex_t lock;		/* all below */
+	pthread_cond_t changed;
+	struct vm_record *records;
+	unsigned int record_count;
+	unsigned int sessions;
+};
+
+struct breakpoint {
+	const char *spec;
+	char name[80];		/* for output */
+	uint64_t gva;
+	uint64_t gpa;
+	struct insn insn;	/* what was (and will be) there */
+	bool planted;
+	bool changing;		/* its byte is being written */
+	bool leftover;		/* connection lost while planted: the INT3 may
+				   still be there */
+	bool retired;		/* taken out for good in this guest */
+	bool complained;
+	uint64_t hits;
+	uint64_t reported;	/* hits as of the last summary */
+	unsigned int shown;
+};
+
+/* A VM, whether connected or not */
+struct vm_record {
+	struct vm_record *next;
+	bool active;		/* a session has it: only that may use it */
+	uint8_t uuid[16];
+	int64_t start_time;
+	char name[65];
+	char label[65];		/* for output */
+	struct guest guest;
+	struct breakpoint *breakpoints;
+	size_t breakpoint_count;
+	struct breakpoint **planted;	/* by gpa */
+	size_t planted_count;
+};
+
+/* Talks to one VM until the connection ends; takes over vm */
+void session_run(struct watch *watch, struct kvmi_vm *vm);
+
+/* Finds or makes the record of a VM; NULL if another session has it */
+struct vm_record *record_take(struct watch *watch, struct kvmi_vm *vm);
+void record_release(struct watch *watch, struct vm_record *record);
+
+void watch_stop(struct watch *watch);
+
+#endif
