@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two emulated hosts of the tests: AMD (QEMU's TCG, SVM) and Intel (Bochs, VMX with EPT).
+
+    with Host("amd") as h:
+        status = h.run(["/path/to/program", "argument"], timeout=60)
+
+The AMD host sees the root of this machine (read-only, with a scratch overlay), so a command is any program here.
+The Intel host has nothing but busybox and the files named on the command line, which must be static binaries.
+"""
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent.parent
+BUILD = Path(os.environ.get("KVMI_BUILD") or TOP / "build").resolve()
+
+# What a healthy host kernel never says. Looked for from "kvmi-host: ready" on.
+TROUBLE = re.compile(r"WARNING:|BUG:|\bOops\b|general protection fault|Call Trace|Kernel panic|kernel BUG at|KASAN|UBSAN"
+                     r"|INFO: (rcu|task|possible|trying)|possible .* detected|suspicious RCU|soft lockup|hard LOCKUP")
+
+
+class HostError(Exception):
+    """The host did not do its job; says why, and ends with the tail of its console."""
+
+
+def need(path, what):
+    if not Path(path).exists():
+        raise HostError(f"{path} is missing: {what}")
+    return Path(path)
+
+
+def cpio(entries):
+    """A "newc" archive of (name, mode, data) entries: what the kernel takes as an initramfs."""
+    out = bytearray()
+
+    def add(name, mode, data, ino):
+        name = name.encode() + b"\0"
+        fields = [ino, mode, 0, 0, 1, 0, len(data), 0, 0, 5 if stat.S_ISCHR(mode) else 0, 1 if stat.S_ISCHR(mode) else 0,
+                  len(name), 0]
+        out.extend(b"070701" + b"".join(b"%08x" % f for f in fields) + name)
+        out.extend(bytes(-len(out) % 4) + data)
+        out.extend(bytes(-len(out) % 4))
+
+    made = set()
+    ino = 0
+
+    def parents(name):
+        nonlocal ino
+        up = os.path.dirname(name)
+        if up and up not in made:
+            parents(up)
+            made.add(up)
+            ino += 1
+            add(up, stat.S_IFDIR | 0o755, b"", ino)
+
+    for name, mode, data in entries:
+        name = name.strip("/")
+        if name in made:
+            continue
+        parents(name)
+        made.add(name)
+        ino += 1
+        add(name, mode, data, ino)
+    add("TRAILER!!!", 0, b"", 0)
+    return bytes(out)
+
+
+def file_entry(name, source, mode=0o755):
+    return (name, stat.S_IFREG | mode, Path(source).read_bytes())
+
+
+def dir_entry(name):
+    return (name, stat.S_IFDIR | 0o755, b"")
+
+
+BUSYBOX = "/bin/busybox"
+# /dev/console must be there before devtmpfs is.
+BASE = [dir_entry(d) for d in ("proc", "sys", "dev", "tmp", "run")] + [("dev/console", stat.S_IFCHR | 0o600, b"")]
+
+
+def busybox_entries():
+    need(BUSYBOX, "install the package busybox-static")
+    return BASE + [file_entry("bin/busybox", BUSYBOX)]
+
+
+def die_with_parent():
+    """In the child before exec: leave the terminal's process group, and die if whoever started us does."""
+    import ctypes
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Host:
+    def __init__(self, vendor, modules="kvmi", modules_dir=None, kernel=None, cpus=None, out=None, files=(), kvm_args="introspection=1"):
+        if vendor not in ("amd", "intel"):
+            raise HostError(f"unknown host '{vendor}': amd or intel")
+        self.vendor = vendor
+        self.cpus = cpus or (2 if vendor == "amd" else 1)
+        self.kernel = Path(kernel or BUILD / "linux/vmlinuz")
+        self.stock = BUILD / "linux/stock"
+        # A kernel of one's own comes with everything built in, unless there is a folder of modules for it too.
+        self.builtin = bool(kernel) and not modules_dir
+        self.modules = Path(modules_dir).resolve() if modules_dir else {"kvmi": BUILD / "linux/modules", "stock": self.stock}[modules]
+        self.kvm_args = "" if modules == "stock" and not modules_dir else kvm_args
+        self.files = list(files)
+        self.dir = Path(tempfile.mkdtemp(prefix=f"kvmi-{vendor}-"))
+        self.out = Path(out).resolve() if out else self.dir / "out"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.console = self.out / "console.log"
+        self.process = None
+        self.commands = 0
+        self.log_seen = 0
+        self.buffer = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def kvm_modules(self):
+        """(name, file) of every module KVM needs; irqbypass and ccp are never ours."""
+        if self.builtin:
+            return []
+        found = []
+        for name in ("irqbypass", "ccp", "kvm", "kvm-amd") if self.vendor == "amd" else ("irqbypass", "kvm", "kvm-intel"):
+            path = self.modules / f"{name}.ko"
+            if not path.exists():
+                path = self.stock / f"{name}.ko" if name in ("irqbypass", "ccp") else need(path, "build the modules first")
+            found.append((name, path))
+        return found
+
+    def start(self, timeout=60):
+        """Boot. The Intel host takes its one command with it on the ISO, so there it is run() that boots."""
+        need(self.kernel, "build first, or point KVMI_BUILD to a build folder")
+        if self.vendor == "amd":
+            self.amd_boot()
+            self.deadline = time.monotonic() + timeout
+            self.await_ready()
+        return self
+
+    def await_ready(self):
+        failed = self.wait_for(rb"\x1eready(.*)\n", None, f"the {self.vendor} host did not come up")[0].decode().split()
+        if failed:
+            raise self.error(f"the {self.vendor} host could not load {', '.join(failed)}")
+        self.log_seen = max(self.console_text().find("kvmi-host: ready"), 0)
+
+    def initramfs(self, extra):
+        entries = busybox_entries() + [file_entry("init", HERE / "init"), file_entry("agent", HERE / "agent")]
+        path = self.dir / "initramfs"
+        path.write_bytes(cpio(entries + extra))
+        return path
+
+    def cmdline(self):
+        return (f"kvmi_host={self.vendor} kvm.introspection=1 loglevel=5 mitigations=off panic=-1 tsc=reliable no_timer_check nowatchdog "
+                "random.trust_cpu=1 audit=0 apparmor=0 cryptomgr.notests 8250.nr_uarts=2")
+
+    def amd_boot(self):
+        qemu = need(BUILD / "qemu/bin/qemu-system-x86_64", "build QEMU first")
+        boot = [] if self.kernel != BUILD / "linux/vmlinuz" else ["netfs", "9pnet", "9pnet_virtio", "9p", "overlay"]
+        initrd = self.initramfs([file_entry(f"boot-modules/{m}.ko", need(self.stock / f"{m}.ko", "build first")) for m in boot])
+        share = self.dir / "share"
+        modules = share / "modules"
+        modules.mkdir(parents=True)
+        for name, path in self.kvm_modules():
+            shutil.copy(path, modules / f"{name}.ko")
+        (modules / "kvm.args").write_text(self.kvm_args)
+        (share / "env").write_text("export KVMI_MODULES=/run/kvmi-host/modules KVMI_OUT=/run/out\n"
+                                   f"export KVMI_BUILD={shlex.quote(str(BUILD))}\n")
+        fs = "local,security_model=none,path="
+        self.spawn([qemu, "-accel", "tcg,thread=" + os.environ.get("KVMI_TCG", "multi"), "-cpu", "max", "-smp", str(self.cpus), "-m", "4096",
+                    "-nodefaults", "-display", "none", "-no-reboot", "-kernel", self.kernel, "-initrd", initrd,
+                    "-append", "console=ttyS0 " + self.cmdline(),
+                    "-serial", f"file:{self.console}", "-serial", "stdio",
+                    "-virtfs", fs + "/,mount_tag=hostroot,readonly=on,multidevs=remap",
+                    "-virtfs", fs + f"{share},mount_tag=share", "-virtfs", fs + f"{self.out},mount_tag=out"], stdin=subprocess.PIPE)
+        self.reader = self.process.stdout.fileno()
+
+    def intel_boot(self, script):
+        bochs = need(shutil.which("bochs-bin") or "/usr/bin/bochs-bin", "install the package bochs")
+        extra = [("cmd.1", stat.S_IFREG | 0o755, script.encode())]
+        extra += [file_entry(f"modules/{name}.ko", path, 0o644) for name, path in self.kvm_modules()]
+        extra.append(("modules/kvm.args", stat.S_IFREG | 0o644, self.kvm_args.encode()))
+        extra += [file_entry(f, f, os.stat(f).st_mode & 0o777) for f in self.files]
+        iso = self.dir / "iso"
+        iso.mkdir()
+        shutil.move(self.initramfs(extra), iso / "initrd")
+        shutil.copy(self.kernel, iso / "linux")
+        shutil.copy(need("/usr/lib/ISOLINUX/isolinux.bin", "install the package isolinux"), iso)
+        shutil.copy(need("/usr/lib/syslinux/modules/bios/ldlinux.c32", "install the package syslinux-common"), iso)
+        (iso / "isolinux.cfg").write_text("default l\nprompt 0\nlabel l\n kernel /linux\n initrd /initrd\n append console=ttyS0,115200 nokaslr "
+                                          f"lpj=1000000 clocksource=tsc lsm= {self.cmdline()}\n")
+        subprocess.run(["xorriso", "-as", "mkisofs", "-quiet", "-o", self.dir / "host.iso", "-b", "isolinux.bin", "-c", "boot.cat",
+                        "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", iso],
+                       check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        (self.dir / "bochsrc").write_text(f"""\
+display_library: rfb, options="timeout=0"
+plugin_ctrl: unmapped=true, biosdev=true, speaker=false, extfpuirq=true, parallel=false, gameport=false, iodebug=false
+memory: guest=512, host=512
+romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
+vgaromimage: file=/usr/share/vgabios/vgabios.bin
+cpu: model=corei7_skylake_x, count={self.cpus}, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
+ata0-master: type=cdrom, path={self.dir}/host.iso, status=inserted
+boot: cdrom
+clock: sync=none, time0=local
+com1: enabled=1, mode=file, dev={self.console}
+com2: enabled=1, mode=file, dev={self.dir}/output
+log: {self.dir}/bochs.log
+panic: action=fatal
+error: action=ignore
+info: action=ignore
+debug: action=ignore
+debugger_log: -
+mouse: enabled=0
+""")
+        (self.dir / "bochs.rc").write_text("c\n")   # Debian's build starts in its debugger: continue
+        output = open(self.dir / "output", "w+b")
+        self.spawn([bochs, "-q", "-f", self.dir / "bochsrc", "-rc", self.dir / "bochs.rc"], stdin=subprocess.DEVNULL,
+                   stdout=subprocess.DEVNULL)
+        self.reader = output.fileno()
+        self.output_file = output
+
+    def spawn(self, argv, stdin, stdout=subprocess.PIPE):
+        self.console.write_bytes(b"")
+        self.errors = open(self.dir / "emulator.log", "w+b")
+        self.process = subprocess.Popen([str(a) for a in argv], stdin=stdin, stdout=stdout, stderr=self.errors, cwd=self.dir,
+                                        preexec_fn=die_with_parent)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def run(self, argv, timeout, sink=None, cwd=None, env=None):
+        """Run a command (a list of words) in the host, hand its output to sink(bytes) as it comes; returns its status."""
+        self.commands += 1
+        words = [str(a) for a in argv]
+        lines = [f"export {k}={shlex.quote(v)}" for k, v in (env or {}).items()]
+        if self.vendor == "intel":
+            if self.process:
+                raise HostError("the Intel host runs one command a boot")
+            for i, w in enumerate(words):
+                if os.path.isfile(w):
+                    words[i] = os.path.abspath(w)
+                    self.files.append(words[i])
+            self.intel_boot("\n".join(lines + ["cd /", "exec " + shlex.join(words)]) + "\n")
+            self.deadline = time.monotonic() + timeout
+            self.await_ready()
+        else:
+            # A command that outstays its time is stopped inside, so that the host stays usable; past that, the host goes.
+            lines += [f"cd {shlex.quote(str(cwd or os.getcwd()))}", f"exec timeout -k 5 {timeout:.0f} {shlex.join(words)}"]
+            (self.dir / "share" / f"cmd.{self.commands}").write_text("\n".join(lines) + "\n")
+            self.deadline = time.monotonic() + timeout + 15
+            self.process.stdin.write(b"%d\n" % self.commands)
+            self.process.stdin.flush()
+        return int(self.wait_for(rb"\x1estatus (\d+)\n", sink, f"'{words[0]}' did not end within {timeout:.0f} s")[0])
+
+    def wait_for(self, pattern, sink, late):
+        """Read the command port up to the pattern; what comes before it goes to the sink."""
+        pattern = re.compile(pattern)
+        while True:
+            m = pattern.search(self.buffer)
+            mark = m.start() if m else self.buffer.find(b"\x1e")
+            before = self.buffer[:mark] if mark >= 0 else self.buffer
+            if before and sink:
+                sink(before)
+            if m:
+                self.buffer = self.buffer[m.end():]
+                return m.groups()
+            self.buffer = self.buffer[len(before):]
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise self.error(late)
+            data = self.read(left)
+            if data is None:
+                raise self.error("the emulator ended by itself")
+            self.buffer += data
+
+    def read(self, left):
+        """Some bytes of the command port; b"" if there were none for a while, None if there will be no more."""
+        if self.vendor == "amd":
+            if not select.select([self.reader], [], [], min(left, 1))[0]:
+                return b""
+            return os.read(self.reader, 65536) or None
+        data = os.read(self.reader, 65536)     # a plain file that grows
+        if data:
+            return data
+        if self.process.poll() is not None:
+            return os.read(self.reader, 65536) or None
+        time.sleep(0.1)
+        return b""
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def console_text(self):
+        return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+    def trouble(self):
+        """The lines with which the host's kernel complained since the last call, with what follows them; empty if it did not."""
+        text = self.console_text()
+        new = text[self.log_seen:]
+        self.log_seen = len(text)
+        m = TROUBLE.search(new)
+        return new[new.rfind("\n", 0, m.start()) + 1:][:6000] if m else ""
+
+    def error(self, what):
+        tail = "\n".join(self.console_text().splitlines()[-40:])
+        errors = (self.dir / "emulator.log").read_text(errors="replace")[-2000:] if (self.dir / "emulator.log").exists() else ""
+        return HostError(f"{what}\n--- the console's tail ---\n{tail}\n" + (f"--- the emulator's errors ---\n{errors}" if errors else ""))
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.errors.close()
+            self.process = None
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def guest_image():
+    """The initramfs of the guest that runs in the AMD host: one program of ours, see guest/busy.c. Built when its source changed."""
+    source, image = HERE / "guest/busy.c", BUILD / "host/guest.cpio"
+    if not image.exists() or image.stat().st_mtime < max(source.stat().st_mtime, (HERE / "host.py").stat().st_mtime):
+        image.parent.mkdir(parents=True, exist_ok=True)
+        busy = image.with_name("busy")
+        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s", "-o", busy, source], check=True, timeout=60)
+        new = image.with_name("guest.cpio.new")
+        new.write_bytes(cpio(BASE + [file_entry("init", busy)]))
+        new.rename(image)
+    return image

@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What scenarios need inside the AMD host: QMP, the guest, the tool, and a client that can misbehave.
+
+Every wait has a bound, and who waits in vain is told for what.
+"""
+import hashlib
+import json
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+BUILD = Path(os.environ.get("KVMI_BUILD", ""))     # host.py sets it
+DIR = Path("/run/guest")
+SOCKET = DIR / "tool.sock"
+# Kernel functions that nothing but the guest's own program calls, see guest/busy.c.
+HOT = ("__x64_sys_getppid", "__x64_sys_sched_get_priority_max")
+
+
+class Late(AssertionError):
+    pass
+
+
+def now_us():
+    return time.time_ns() // 1000
+
+
+def wait_until(check, timeout, what, pause=0.05):
+    """The first true value of check(); for what cannot be waited for by an event."""
+    end = time.monotonic() + timeout
+    while True:
+        value = check()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise Late(f"waited {timeout} s in vain for {what}")
+        time.sleep(pause)
+
+
+class Lines:
+    """Objects that arrive as JSON, one a line, on a pipe or socket; each gets "_at", when we read it (µs)."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.rest = b""
+        self.ended = False
+
+    def read(self, timeout):
+        """What has come within the time, as a list; returns at the first arrival."""
+        if self.ended or not select.select([self.fd], [], [], max(timeout, 0))[0]:
+            return []
+        data = os.read(self.fd, 1 << 16)
+        at = now_us()
+        self.ended = not data
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        found = []
+        for line in lines:
+            if line.strip():
+                found.append(json.loads(line))
+                found[-1]["_at"] = at
+        return found
+
+
+class QMPError(Exception):
+    pass
+
+
+class QMP:
+    """A QMP connection with out-of-band commands; events are kept in self.events, in order."""
+
+    def __init__(self, path=DIR / "qmp", timeout=20):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(timeout)
+        wait_until(lambda: self.connect(path), timeout, f"QMP on {path}")
+        self.lines = Lines(self.sock.fileno())
+        self.events = []
+        self.replies = {}
+        self.serial = 0
+        self.greeting = None
+        self.pump(lambda: self.greeting, timeout, "QMP's greeting")
+        self.execute("qmp_capabilities", enable=["oob"])
+
+    def connect(self, path):
+        try:
+            self.sock.connect(str(path))
+            return True
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+
+    def close(self):
+        self.sock.close()
+
+    def pump(self, check, timeout, what):
+        """Take in what arrives until check() is true."""
+        end = time.monotonic() + timeout
+        while not check():
+            left = end - time.monotonic()
+            if left <= 0:
+                raise Late(f"waited {timeout} s in vain for {what}")
+            for m in self.lines.read(left):
+                if "event" in m:
+                    stamp = m["timestamp"]
+                    m["us"] = stamp["seconds"] * 1000000 + stamp["microseconds"]
+                    self.events.append(m)
+                elif "QMP" in m:
+                    self.greeting = m
+                else:
+                    self.replies[m.get("id")] = m
+            if self.lines.ended and not check():
+                raise Late(f"QMP hung up while we waited for {what}")
+        return check()
+
+    def send(self, command, oob=False, **arguments):
+        """Send without waiting; returns the number to give to result()."""
+        self.serial += 1
+        message = {"exec-oob" if oob else "execute": command, "id": self.serial}
+        if arguments:
+            message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self.sock.sendall(json.dumps(message).encode() + b"\n")
+        return self.serial
+
+    def result(self, number, timeout=20, what="an answer"):
+        reply = self.pump(lambda: self.replies.get(number), timeout, what)
+        if "error" in reply:
+            raise QMPError(reply["error"]["desc"])
+        return reply["return"]
+
+    def execute(self, command, timeout=20, oob=False, **arguments):
+        return self.result(self.send(command, oob=oob, **arguments), timeout, f"the answer to {command}")
+
+    def mark(self):
+        """A place in the stream of events: pass it to event() to look only behind it."""
+        return len(self.events)
+
+    def event(self, name, since=0, timeout=20, **data):
+        """The first event of that name (and with that data) behind the mark."""
+        def find():
+            for e in self.events[since:]:
+                if e["event"] == name and all(e.get("data", {}).get(k) == v for k, v in data.items()):
+                    return e
+            return None
+        wanted = f"{name} {data}" if data else name
+        try:
+            return self.pump(find, timeout, f"the event {wanted}")
+        except Late as e:
+            seen = [(x["event"], x.get("data")) for x in self.events[since:]]
+            raise Late(f"{e}; seen instead: {seen}") from None
+
+
+class Guest:
+    """The virtual machine under test. It outlives the process that started it, so scenarios can share one."""
+
+    cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
+               "audit=0 apparmor=0 nowatchdog")
+
+    def __init__(self):
+        self.serial = DIR / "serial"
+        self.trace = DIR / "trace"
+        self.qmp = None
+
+    @staticmethod
+    def kvmi_options(**options):
+        """The kvmi object the scenarios start with, as object-add takes it."""
+        return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
+
+    def start(self, kvmi=True, extra=()):
+        self.kill()
+        subprocess.run(["rm", "-rf", DIR], check=True)
+        DIR.mkdir(parents=True)
+        argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
+                "-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "host,svm=off", "-smp", "2", "-m", "256",
+                "-nodefaults", "-display", "none", "-no-reboot", "-kernel", BUILD / "linux/vmlinuz",
+                "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline, "-serial", f"file:{self.serial}",
+                "-qmp", f"unix:{DIR}/qmp,server=on,wait=off", "-qmp", f"unix:{DIR}/qmp2,server=on,wait=off",
+                "-chardev", f"socket,id=hmp,path={DIR}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
+                "-msg", "timestamp=on", "-D", self.trace, "-pidfile", DIR / "pid",
+                "-chardev", f"socket,id=tool,path={SOCKET},server=off,reconnect-ms=100"]
+        if kvmi:
+            argv += ["-trace", "kvmi_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
+        with open(DIR / "stderr", "wb") as errors:
+            process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                                       start_new_session=True)
+        # Not ours to wait for: the next scenario is another process.
+        try:
+            self.qmp = QMP()
+        except Late:
+            raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(DIR / 'stderr').read_text()}") from None
+        self.wait_alive(120)
+        return self
+
+    def kill(self):
+        try:
+            pid = int((DIR / "pid").read_text())
+            if b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20, "QEMU's death")
+        except (FileNotFoundError, ProcessLookupError, ValueError):
+            pass
+
+    def output(self):
+        return self.serial.read_text(errors="replace") if self.serial.exists() else ""
+
+    def calls(self):
+        """(calls, wrong) as the guest told last: system calls it made, and those that returned something wrong."""
+        found = re.findall(r"guest: calls (\d+) wrong (\d+)\n", self.output())
+        return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+    def wait_alive(self, timeout=30):
+        """The guest goes on: its counter moves, twice, and nothing it called returned nonsense."""
+        for _ in range(2):
+            before = self.calls()[0]
+            try:
+                wait_until(lambda: self.calls()[0] > before, timeout, "the guest's counter to move")
+            except Late as e:
+                raise Late(f"{e}; its console ends with: {self.output()[-2000:]}") from None
+        calls, wrong = self.calls()
+        assert wrong == 0, f"{wrong} of {calls} system calls returned a wrong value in the guest"
+
+    def alive(self):
+        """Is there a guest that a scenario can use?"""
+        try:
+            if self.qmp:
+                self.qmp.close()
+            self.qmp = QMP(timeout=3)
+            if self.qmp.execute("query-status", timeout=5)["status"] != "running":
+                return False
+            self.wait_alive(10)
+            return True
+        except (AssertionError, OSError, QMPError):
+            return False
+
+    def text(self):
+        """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
+        out = self.output()
+        start, end = re.search(r"text-physical 0x(\w+) 0x(\w+)", out).groups()
+        return int(start, 16), int(end, 16), int(re.search(r"text-virtual 0x(\w+)", out).group(1), 16)
+
+    def dump(self, start, end):
+        """The guest's memory from start to end (physical), by QEMU's pmemsave."""
+        path = DIR / "dump"
+        self.qmp.execute("pmemsave", timeout=60, val=start, size=end - start, filename=str(path))
+        data = path.read_bytes()
+        path.unlink()
+        assert len(data) == end - start
+        return data
+
+    def hmp(self, command, timeout=20):
+        monitor = HMP(timeout)
+        monitor.send(command)
+        monitor.prompt(command)
+        monitor.sock.close()
+
+
+class HMP:
+    """A human monitor."""
+
+    def __init__(self, timeout=20):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(timeout)
+        self.sock.connect(str(DIR / "hmp"))
+        self.prompt("nothing yet")
+
+    def send(self, command):
+        self.sock.sendall(command.encode() + b"\n")
+
+    def prompt(self, command):
+        """Read up to the next prompt."""
+        got = b""
+        try:
+            while not got.endswith(b"(qemu) "):
+                got += self.sock.recv(4096)
+        except TimeoutError:
+            raise Late(f"HMP gave no prompt after '{command}' within {self.sock.gettimeout()} s, but {got}") from None
+
+
+def symbols():
+    """The symbols of the guest's kernel, without its KASLR offset."""
+    found = {}
+    for line in open(BUILD / "linux/System.map"):
+        address, _, name = line.split()
+        found.setdefault(name, int(address, 16))
+    return found
+
+
+class Watch:
+    """`kvmi watch --json` and what it said so far."""
+
+    def __init__(self, *breaks, system_map=True):
+        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json"]
+        if system_map:
+            argv += ["--system-map", str(BUILD / "linux/System.map")]
+        for b in breaks:
+            argv += ["--break", b]
+        env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
+        self.errors = open("/run/watch.stderr", "w+")
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, env=env)
+        self.lines = Lines(self.process.stdout.fileno())
+        self.said = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.kill()
+
+    def pump(self, timeout=0):
+        got = self.lines.read(timeout)
+        self.said += got
+        return got
+
+    def mark(self):
+        while self.pump():
+            pass
+        return len(self.said)
+
+    def event(self, name, since=0, timeout=30, count=1, **data):
+        """The count-th line of that event behind the mark."""
+        end = time.monotonic() + timeout
+        while True:
+            found = [e for e in self.said[since:] if e.get("event") == name and all(e.get(k) == v for k, v in data.items())]
+            if len(found) >= count:
+                return found[count - 1]
+            left = end - time.monotonic()
+            if left <= 0 or self.lines.ended:
+                self.errors.seek(0)
+                kinds = [e.get("event") for e in self.said[since:] if e.get("event") != "hit"]
+                raise Late(f"the tool did not say '{name}' {count} times within {timeout} s but {len(found)} times; status "
+                           f"{self.process.poll()}, other things it said: {kinds}, on stderr: {self.errors.read()}")
+            self.pump(left)
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+    def finish(self, timeout=20):
+        """Wait for its end and the rest of what it says; returns its status."""
+        end = time.monotonic() + timeout
+        while not self.lines.ended and time.monotonic() < end:
+            self.pump(end - time.monotonic())
+        return self.process.wait(max(end - time.monotonic(), 0.1))
+
+
+# The numbers of linux/kvmi.h that the client below uses
+GET_VERSION, CHECK_COMMAND, VM_GET_INFO, VM_CONTROL_EVENTS, READ_PHYSICAL, WRITE_PHYSICAL, PAUSE_VCPU = 2, 4, 8, 10, 12, 14, 16
+GET_REGISTERS = 7
+EVENT_UNHOOK = 0
+EPERM, EINVAL = -1, -22
+
+
+class RawTool:
+    """A client that speaks the protocol itself, so that it can do what a proper tool would not."""
+
+    def __init__(self, listen=True):
+        self.serial = 0
+        self.sock = None
+        self.server = socket.socket(socket.AF_UNIX)
+        try:
+            os.unlink(SOCKET)
+        except FileNotFoundError:
+            pass
+        self.server.bind(str(SOCKET))
+        self.server.listen(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+        self.server.close()
+
+    def accept(self, timeout=20):
+        """Wait for QEMU; takes in its half of the handshake."""
+        self.server.settimeout(timeout)
+        self.sock, _ = self.server.accept()
+        self.sock.settimeout(timeout)
+        size, = struct.unpack("=I", self.exactly(4))
+        hello = self.exactly(size - 4)
+        self.uuid, self.name = hello[:16], hello[28:92].split(b"\0")[0].decode()
+        return self
+
+    def answer(self, cookie=b""):
+        self.sock.sendall(struct.pack("=I20s", 24, hashlib.sha1(cookie).digest()))
+        return self
+
+    def exactly(self, n):
+        data = b""
+        while len(data) < n:
+            more = self.sock.recv(n - len(data))
+            if not more:
+                raise EOFError("QEMU or KVM closed the connection")
+            data += more
+        return data
+
+    def message(self):
+        ident, size, seq = struct.unpack("=HHI", self.exactly(8))
+        return ident, seq, self.exactly(size)
+
+    def command(self, ident, payload=b""):
+        """(error, data) of a command; events that arrive meanwhile are dropped."""
+        self.serial += 1
+        self.sock.sendall(struct.pack("=HHI", ident, len(payload), self.serial) + payload)
+        while True:
+            got, seq, data = self.message()
+            if (got, seq) == (ident, self.serial):
+                return struct.unpack_from("=i", data)[0], data[8:]
+
+    def subscribe_unhook(self):
+        error, _ = self.command(VM_CONTROL_EVENTS, struct.pack("=HBBI", EVENT_UNHOOK, 1, 0, 0))
+        assert error == 0, f"VM_CONTROL_EVENTS gave {error}"
+        return self
+
+    def await_unhook(self, timeout=20):
+        self.sock.settimeout(timeout)
+        while True:
+            ident, _, data = self.message()
+            if ident == 0 and struct.unpack_from("=H", data)[0] == EVENT_UNHOOK:
+                return
+
+    def closed(self, timeout=20):
+        """Has the other side hung up? Throws away what it sent before."""
+        self.sock.settimeout(timeout)
+        try:
+            while self.sock.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self):
+        if self.sock:
+            self.sock.close()
+            self.sock = None

@@ -1,0 +1,687 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Scenarios: run in the AMD host, one a process, by tests/test_scenarios.py; by hand:
+
+    tests/host/run amd -- tests/host/scenarios.py NAME…
+
+They share one guest, to save time. Each begins with the guest running, a kvmi object with the options it asked for and no
+tool; whatever it leaves behind is put right, or the guest replaced, before the next one.
+"""
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
+                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Watch, symbols, wait_until)
+
+SCENARIOS = {}
+
+
+def scenario(timeout=120, object_options=None, fresh=False, guest=True):
+    """timeout: seconds, a boot of the guest included. fresh: wants a guest that has never been hooked. guest=False: wants none, and
+    leaves a host that is good for nothing more."""
+    def add(function):
+        function.timeout, function.object_options, function.fresh, function.guest = timeout, object_options or {}, fresh, guest
+        SCENARIOS[function.__name__] = function
+        return function
+    return add
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def info(g):
+    return g.qmp.execute("query-kvmi")
+
+
+def wait_state(g, state, since=0, timeout=20):
+    """The object gets to the state, or is there already."""
+    if info(g)["state"] != state:
+        try:
+            g.qmp.event("KVMI_STATE_CHANGED", since=since, timeout=timeout, state=state)
+        except Late as e:
+            raise Late(f"{e}; query-kvmi: {info(g)}") from None
+
+
+def hook(g, *breaks, hits=20):
+    """A proper tool, hooked, with its breakpoints planted and hit."""
+    mark = g.qmp.mark()
+    w = Watch(*breaks)
+    try:
+        w.event("planted" if breaks else "ready", timeout=40)
+        if breaks:
+            w.event("hit", count=hits, timeout=40)
+    except Late:
+        w.kill()
+        raise
+    wait_state(g, "hooked", mark)
+    return w
+
+
+def stop(g, timeout=20):
+    """QMP stop, as it should go when a tool is hooked; returns KVMI_UNHOOKED's data."""
+    mark = g.qmp.mark()
+    g.qmp.execute("stop", timeout=timeout)
+    stopped = g.qmp.event("STOP", since=mark)
+    # The order is the point of it all: out of the guest first, then paused.
+    order = [e["event"] for e in g.qmp.events[mark:]]
+    assert "KVMI_UNHOOKED" in order, f"no KVMI_UNHOOKED before the answer to stop: {order}"
+    assert order.index("KVMI_UNHOOKED") < order.index("STOP"), f"paused before unhooked: {order}"
+    assert g.qmp.execute("query-status")["status"] == "paused"
+    assert info(g)["state"] == "unhooked", info(g)
+    data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+    assert data["action"] == "stop", data
+    return data, stopped
+
+
+def expect(outcome, data):
+    assert data["outcome"] == outcome, f"expected the outcome {outcome}, got {data}"
+
+
+def cont(g):
+    g.qmp.execute("cont")
+    g.wait_alive()
+
+
+def same_memory(before, after, what):
+    """The guest kernel's code is byte for byte what it was."""
+    if before != after:
+        where = [i for i in range(len(before)) if before[i] != after[i]]
+        shown = ", ".join(f"+{i:#x}: {before[i]:02x} -> {after[i]:02x}" for i in where[:16])
+        raise AssertionError(f"{what}: {len(where)} bytes of the kernel's code changed: {shown}")
+
+
+def code(g):
+    start, end, _ = g.text()
+    return g.dump(start, end)
+
+
+def breakpoint_offsets(g, names):
+    """Where the breakpoints lie in a dump of the kernel's code."""
+    s = symbols()
+    return [s[n] - s["_text"] for n in names]
+
+
+class Pulse:
+    """Asks query-kvmi out of band over and over while something else goes on, and keeps how long each answer took."""
+
+    def __init__(self, g):
+        self.g, self.ms, self.states = g, [], []
+
+    def beat(self):
+        start = time.monotonic()
+        self.states.append(self.g.qmp.execute("query-kvmi", oob=True, timeout=5)["state"])
+        self.ms.append((time.monotonic() - start) * 1000)
+        time.sleep(0.05)            # a pulse, not a load
+
+    def until(self, check, timeout, what):
+        end = time.monotonic() + timeout
+        while not check():
+            assert time.monotonic() < end, f"waited {timeout} s in vain for {what}"
+            self.beat()
+
+    def tell(self, label):
+        print(f"{label}: {len(self.ms)} out-of-band answers, the slowest after {max(self.ms):.1f} ms")
+
+
+# --- scenarios --------------------------------------------------------------------------------------------------------
+
+
+@scenario(fresh=True)
+def guest_runs_unhooked(g):
+    """A guest on our modules that nobody introspects: it boots and runs, and the object just waits for a tool."""
+    i = info(g)
+    assert (i["state"], i["sessions"]) == ("connecting", 0), i
+    g.wait_alive()
+
+
+@scenario()
+def guest_runs_without_object(g):
+    """No kvmi object at all: stop and cont are what they always were."""
+    remove_object(g)
+    mark = g.qmp.mark()
+    g.qmp.execute("stop")
+    cont(g)
+    kinds = [e["event"] for e in g.qmp.events[mark:]]
+    assert kinds == ["STOP", "RESUME"], kinds
+    try:
+        info(g)
+    except QMPError:
+        return
+    raise AssertionError("query-kvmi answered without an object")
+
+
+@scenario()
+def watch_counts_hits(g):
+    """The tool finds the kernel by itself; each call of the hot functions, on either vCPU, is one hit, and returns what it should."""
+    with hook(g, *HOT) as w:
+        ready = w.event("ready")
+        # What the tool found out must be what the guest's own kernel says.
+        offset = ready["offset"] if isinstance(ready["offset"], int) else int(ready["offset"], 16)
+        assert offset == g.text()[2] - symbols()["_text"], f"_text is at {g.text()[2]:#x}; the tool said {ready}"
+        first = g.calls()[0]
+        wait_until(lambda: w.pump(0.05) is None or g.calls()[0] > first, 20, "the guest's counter")
+        first, mark = g.calls()[0], w.mark()
+        wait_until(lambda: w.pump(0.05) is None or g.calls()[0] >= first + 400, 60, "400 calls in the guest")
+        last, end = g.calls()[0], w.mark()
+        hits = [e for e in w.said[mark:end] if e["event"] == "hit"]
+        expected = 2 * (last - first)       # two functions a round
+        print(f"{last - first} rounds of the guest's program, {len(hits)} hits")
+        assert 0.6 * expected <= len(hits) <= 1.5 * expected, f"{len(hits)} hits for {expected} calls"
+        assert {e["vcpu"] for e in hits} == {0, 1}, "hits on one vCPU only"
+        assert {e["symbol"] for e in hits} == set(HOT), "hits of one symbol only"
+        w.signal(signal.SIGINT)
+        w.finish()
+    g.wait_alive()
+
+
+@scenario()
+def watch_finds_symbols_by_itself(g):
+    """Without --system-map the tool reads the symbols from the guest's memory."""
+    with Watch(HOT[0], system_map=False) as w:
+        w.event("hit", count=5, timeout=80, symbol=HOT[0])
+        w.signal(signal.SIGINT)
+        assert w.finish() == 0
+    g.wait_alive()
+
+
+@scenario()
+def stop_prompt_tool(g):
+    """The main job: QMP stop waits until the tool has taken its breakpoints out; none is left; cont brings the hits back."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        with_breakpoints = code(g)
+        planted = breakpoint_offsets(g, HOT)
+        # The dump sees breakpoints when they are there: without this the rest would prove nothing.
+        assert all(with_breakpoints[o] == 0xcc for o in planted), "the breakpoints do not show in a dump"
+        mark = w.mark()
+        data, stopped = stop(g)
+        expect("clean", data)
+        assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+        after = code(g)
+        assert not any(after[o] == 0xcc for o in planted), "a breakpoint is left in the paused guest"
+        same_memory(before, after, "paused after a clean unhook")
+        closed = w.event("closed", since=mark)
+        assert closed["ts"] <= stopped["us"], "the VM was paused before the tool had closed"
+        mark = w.mark()
+        state_mark = g.qmp.mark()
+        cont(g)
+        w.event("hit", since=mark, count=20, timeout=60)
+        wait_state(g, "hooked", state_mark)
+        assert g.calls()[1] == 0
+        print(f"clean after {data['duration']} µs")
+        w.signal(signal.SIGINT)
+        w.finish()
+        g.wait_alive()
+
+
+@scenario()
+def stop_by_hmp(g):
+    """The human monitor's stop goes through the same gate."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        mark = g.qmp.mark()
+        g.hmp("stop")
+        g.qmp.event("STOP", since=mark)
+        order = [e["event"] for e in g.qmp.events[mark:]]
+        assert "KVMI_UNHOOKED" in order and order.index("KVMI_UNHOOKED") < order.index("STOP"), order
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        same_memory(before, code(g), "paused by HMP")
+        mark = w.mark()
+        cont(g)
+        w.event("hit", since=mark, timeout=60)
+        w.signal(signal.SIGINT)
+        w.finish()
+
+
+@scenario()
+def stop_many_times(g):
+    """Ten stops and conts in a row with breakpoints planted: nothing wears out, nothing is left, the guest never notices."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        for n in range(10):
+            expect("clean", stop(g)[0])
+            mark = w.mark()
+            state_mark = g.qmp.mark()
+            g.qmp.execute("cont")
+            w.event("hit", since=mark, count=3, timeout=60)
+            wait_state(g, "hooked", state_mark)
+        w.signal(signal.SIGINT)
+        w.finish()
+    g.wait_alive()
+    same_memory(before, code(g), "after ten stops")
+    i = info(g)
+    assert i["unhooks"]["forced"] == 0, i
+
+
+@scenario()
+def stop_hung_tool(g):
+    """A tool that does not answer: the guest runs on and QMP answers until the deadline, then it is cut off and the VM is paused."""
+    with hook(g) as w:
+        w.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        calls = g.calls()[0]
+        pulse = Pulse(g)
+        begin = time.monotonic()
+        number = g.qmp.send("stop")
+        pulse.until(lambda: number in g.qmp.replies, 20, "the answer to stop")
+        took = time.monotonic() - begin
+        pulse.tell("while the tool hung")
+        data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        expect("forced", data)
+        assert 4.9 <= data["duration"] / 1e6 and took < 10, f"the deadline is 5 s; it took {took:.1f} s: {data}"
+        assert pulse.states.count("unhooking") > 10, f"states seen meanwhile: {pulse.states}"
+        assert max(pulse.ms) < 2000, f"QMP took {max(pulse.ms):.0f} ms to answer"
+        assert g.calls()[0] > calls, "the guest stood still while the tool was waited for"
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        state_mark = g.qmp.mark()
+        cont(g)
+        # The tool wakes up, sees that its connection has gone, and is ready for the next one.
+        w.signal(signal.SIGCONT)
+        wait_state(g, "hooked", state_mark)
+
+
+@scenario(object_options={"unhook_timeout_ms": 800})
+def stop_deadline_is_an_option(g):
+    """unhook-timeout-ms is respected, and can be changed while the VM runs."""
+    with hook(g) as w:
+        w.signal(signal.SIGSTOP)
+        data, _ = stop(g)
+        expect("forced", data)
+        assert 0.75 <= data["duration"] / 1e6 < 3, data
+        cont(g)
+        mark = g.qmp.mark()
+        w.signal(signal.SIGCONT)
+        wait_state(g, "hooked", mark)
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=2000)
+        w.signal(signal.SIGSTOP)
+        data, _ = stop(g)
+        expect("forced", data)
+        assert 1.9 <= data["duration"] / 1e6 < 4.5, data
+        cont(g)
+
+
+@scenario()
+def tool_killed_during_stop(g):
+    """The tool dies while it is waited for: no need to wait for the deadline."""
+    with hook(g) as w:
+        w.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="unhooking")
+        w.kill()
+        g.qmp.result(number, 4, "the answer to stop, well before the deadline")
+        data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        assert data["outcome"] in ("clean", "disconnected") and data["duration"] < 4500000, data
+        cont(g)
+
+
+@scenario()
+def tool_killed_while_hooked(g):
+    """The tool dies: KVM and QEMU let go by themselves, a stop after that waits for nobody, and a new tool gets in at once."""
+    w = hook(g)
+    mark = g.qmp.mark()
+    w.kill()
+    expect("disconnected", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+    wait_state(g, "connecting", mark)
+    mark = g.qmp.mark()
+    g.qmp.execute("stop", timeout=4)
+    assert "KVMI_UNHOOKED" not in [e["event"] for e in g.qmp.events[mark:]]
+    cont(g)
+    with hook(g, *HOT) as w:        # HOOK right after UNHOOK: EEXIST would show here
+        w.signal(signal.SIGINT)
+        w.finish()
+
+
+@scenario()
+def stop_without_tool(g):
+    """Nobody connected: stop is immediate, and a tool that comes while the VM is paused gets in when it runs, not before."""
+    mark = g.qmp.mark()
+    g.qmp.execute("stop", timeout=4)
+    assert "KVMI_UNHOOKED" not in [e["event"] for e in g.qmp.events[mark:]]
+    assert info(g)["state"] == "unhooked", info(g)
+    with Watch() as w:
+        # Ten times the chardev's reconnect interval: if a stopped VM connected, it would have by now.
+        w.pump(1)
+        assert info(g)["state"] == "unhooked", info(g)
+        mark = g.qmp.mark()
+        g.qmp.execute("cont")
+        wait_state(g, "hooked", mark)
+        w.event("ready")
+
+
+@scenario()
+def stop_tool_not_subscribed(g):
+    """A tool that does not listen to the UNHOOK event is cut off at once: waiting for it would be in vain."""
+    with RawTool() as tool:
+        mark = g.qmp.mark()
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        error, _ = tool.command(GET_VERSION)
+        assert error == 0
+        data, _ = stop(g, timeout=4)
+        expect("not-subscribed", data)
+        assert data["duration"] < 2000000, data
+        assert tool.closed(), "the tool's connection is still open"
+        cont(g)
+
+
+@scenario()
+def stop_tool_that_chatters(g):
+    """A tool that was told to leave, and goes on sending commands instead: the deadline holds."""
+    with RawTool() as tool:
+        mark = g.qmp.mark()
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        tool.subscribe_unhook()
+        number = g.qmp.send("stop")
+        tool.await_unhook()
+        commands = 0
+        try:
+            while True:
+                tool.command(GET_VERSION)
+                commands += 1
+        except (EOFError, ConnectionError):
+            pass
+        g.qmp.result(number, 10, "the answer to stop")
+        data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        expect("forced", data)
+        assert commands > 100, f"only {commands} commands were answered until the deadline"
+        print(f"{commands} commands answered before the deadline")
+        cont(g)
+
+
+@scenario()
+def stop_during_handshake(g):
+    """A stop while a tool has not answered the handshake yet: nobody to wait for."""
+    with RawTool() as tool:
+        mark = g.qmp.mark()
+        tool.accept()
+        wait_state(g, "handshake", mark)
+        g.qmp.execute("stop", timeout=4)
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        assert tool.closed(), "the connection outlives the stop"
+        cont(g)
+
+
+@scenario(object_options={"handshake_timeout_ms": 700})
+def handshake_deadline(g):
+    """A tool that never answers the handshake is dropped, and the next one gets its chance."""
+    with RawTool() as tool:
+        tool.accept()
+        assert tool.closed(5), "still connected after the handshake's deadline"
+        mark = g.qmp.mark()
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        assert tool.command(GET_VERSION)[0] == 0
+
+
+@scenario()
+def cont_during_the_wait(g):
+    """Someone wants the VM to run while another's stop still waits for the tool: it runs in the end, and is hooked again."""
+    with hook(g) as w:
+        w.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="unhooking")
+        g.hmp("cont", 10)
+        w.signal(signal.SIGCONT)
+        try:
+            g.qmp.result(number, 20, "an answer to stop")
+        except QMPError as e:
+            print(f"stop answered: {e}")
+        wait_until(lambda: g.qmp.execute("query-status")["running"], 10, "the VM to run")
+        g.wait_alive()
+        wait_until(lambda: info(g)["state"] == "hooked", 20, "the tool to be back")
+
+
+@scenario()
+def two_stops_at_once(g):
+    """Two more stops while the first waits: all are answered, the tool is told once, the VM is paused once."""
+    with hook(g) as w:
+        other, human = QMP(DIR / "qmp2"), HMP()
+        w.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="unhooking")
+        human.send("stop")
+        second = other.send("stop")
+        w.signal(signal.SIGCONT)
+        g.qmp.result(number, 20, "the answer to the first stop")
+        other.result(second, 20, "the answer to the second stop")
+        human.prompt("stop")
+        other.close()
+        human.sock.close()
+        kinds = [e["event"] for e in g.qmp.events[mark:]]
+        assert kinds.count("STOP") == 1 and kinds.count("KVMI_UNHOOKED") == 1, kinds
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        cont(g)
+
+
+@scenario()
+def qmp_client_gone_during_the_wait(g):
+    """Whoever asked for the stop hangs up while it waits: the VM is paused all the same, and QEMU lives."""
+    with hook(g) as w:
+        w.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        other = QMP(DIR / "qmp2")
+        other.send("stop")
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="unhooking")
+        other.close()
+        w.signal(signal.SIGCONT)
+        g.qmp.event("STOP", since=mark)
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        cont(g)
+
+
+@scenario()
+def tool_comes_late(g):
+    """The tool may be started long after the VM, and again and again."""
+    g.wait_alive()
+    for _ in range(3):
+        with hook(g, *HOT, hits=3) as w:
+            w.signal(signal.SIGINT)
+            w.finish()
+    g.wait_alive()
+
+
+@scenario()
+def object_added_and_deleted(g):
+    """object-del ends the session and frees the VM for another object; object-add hooks a VM that runs already."""
+    with hook(g) as w:
+        mark, tool_mark = g.qmp.mark(), w.mark()
+        g.qmp.execute("object-del", id="kvmi0")
+        assert g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]["action"] == "object-del"
+        w.event("closed", since=tool_mark)
+        mark = g.qmp.mark()
+        g.qmp.execute("object-add", **g.kvmi_options())
+        wait_state(g, "hooked", mark)
+        try:
+            g.qmp.execute("object-add", qom_type="kvmi", id="kvmi1", chardev="tool")
+        except QMPError as e:
+            print(f"a second object: {e}")
+        else:
+            raise AssertionError("a second object was accepted")
+
+
+@scenario()
+def wrong_key(g):
+    """With a key, a tool that does not know it never gets to KVM; one that does, gets in; QEMU says what was wrong."""
+    remove_object(g)
+    g.qmp.execute("object-add", qom_type="secret", id="cookie", data="open sesame")
+    try:
+        g.qmp.execute("object-add", **g.kvmi_options(key="cookie"))
+        with RawTool() as tool:
+            mark = g.qmp.mark()
+            tool.accept().answer(b"open barley")
+            assert tool.closed(), "a tool with the wrong key stays connected"
+            states = [e["data"]["state"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_STATE_CHANGED"]
+            assert "hooked" not in states, states
+            assert info(g).get("last-error"), info(g)
+            print(info(g)["last-error"])
+            mark = g.qmp.mark()
+            tool.accept().answer(b"open sesame")
+            wait_state(g, "hooked", mark)
+            assert tool.command(GET_VERSION)[0] == 0
+    finally:
+        remove_object(g)
+        g.qmp.execute("object-del", id="cookie")
+
+
+@scenario(object_options={"commands": ["vm-get-info", "vm-control-events"], "events": ["unhook"]})
+def allow_list(g):
+    """A command that is not on the list gets EPERM from KVM; those on it, and the three that always are, work."""
+    i = info(g)
+    assert set(i["commands"]) == {"get-version", "vm-check-command", "vm-check-event", "vm-get-info", "vm-control-events"}, i
+    with RawTool() as tool:
+        mark = g.qmp.mark()
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        read = struct.pack("=QHHI", 0x1000, 8, 0, 0)
+        assert tool.command(READ_PHYSICAL, read)[0] == EPERM
+        assert tool.command(WRITE_PHYSICAL, read + bytes(8))[0] == EPERM
+        assert tool.command(GET_REGISTERS, bytes(16))[0] == EPERM
+        assert tool.command(CHECK_COMMAND, struct.pack("=HHI", READ_PHYSICAL, 0, 0))[0] == EPERM
+        error, data = tool.command(VM_GET_INFO)
+        assert error == 0 and struct.unpack_from("=I", data)[0] == 2, (error, data)
+        tool.subscribe_unhook()
+
+
+@scenario()
+def ctrl_c_leaves_a_clean_guest(g):
+    """Ctrl-C on the tool: every breakpoint is out, the guest never noticed."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        mark = g.qmp.mark()
+        w.signal(signal.SIGINT)
+        status = w.finish()
+        assert status in (0, 130), f"the tool ended with status {status}"
+        wait_state(g, "connecting", mark)
+        same_memory(before, code(g), "after Ctrl-C")
+        g.wait_alive()
+
+
+@scenario()
+def object_errors(g):
+    """Options that cannot work are refused, with words that help."""
+    remove_object(g)
+    for options, words in (({"chardev": "nowhere"}, "nowhere"),
+                           ({"chardev": "hmp"}, "server=off"),
+                           ({"key": "nokey"}, "nokey"),
+                           ({"commands": ["make-coffee"]}, "make-coffee"),
+                           ({"events": ["fire"]}, "fire")):
+        try:
+            g.qmp.execute("object-add", **g.kvmi_options(**options))
+        except QMPError as e:
+            assert words in str(e), f"{options}: the message does not tell: {e}"
+            print(e)
+        else:
+            raise AssertionError(f"{options} was accepted")
+    g.qmp.execute("object-add", **g.kvmi_options())
+
+
+@scenario(timeout=120)
+def quit_while_hooked(g):
+    """QEMU ends while a tool is hooked: the tool sees the end, KVM frees the VM."""
+    with hook(g, *HOT) as w:
+        mark = w.mark()
+        g.qmp.send("quit")
+        w.event("closed", since=mark)
+        assert w.process.poll() is None, "the tool ended with the VM"
+    g.spoilt = True
+
+
+@scenario(timeout=120, guest=False)
+def host_without_kvmi(_):
+    """The modules can be unloaded (nothing of ours holds on to them), and QEMU tells what is missing: the parameter, or KVMI altogether."""
+    modules = os.environ["KVMI_MODULES"]
+
+    def load(folder, parameters=()):
+        for command in (["rmmod", "kvm-amd"], ["rmmod", "kvm"], ["insmod", f"{folder}/kvm.ko", *parameters], ["insmod", f"{folder}/kvm-amd.ko"]):
+            subprocess.run(command, check=True, timeout=30)
+
+    def refusal():
+        argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-M", "none", "-accel", "kvm", "-nodefaults", "-display", "none",
+                "-chardev", f"socket,id=tool,path={SOCKET},server=off,reconnect-ms=100", "-object", "kvmi,id=kvmi0,chardev=tool"]
+        r = subprocess.run([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+        print(r.stdout.decode())
+        assert r.returncode == 1, f"status {r.returncode}"
+        return r.stdout.decode()
+
+    Guest().kill()
+    os.kill(int(Path("/run/vm-holder.pid").read_text()), signal.SIGKILL)    # see tests/host/agent
+    wait_until(lambda: Path("/sys/module/kvm_amd/refcnt").read_text() == "0\n", 20, "the last user of kvm-amd to go")
+    load(modules, ["introspection=0"])
+    assert "introspection=1" in refusal()
+    load(BUILD / "linux/stock")
+    assert "without introspection" in refusal()
+    # Who comes next gets a new host: see test_scenarios.py.
+
+
+# --- the runner -------------------------------------------------------------------------------------------------------
+
+
+def remove_object(g):
+    try:
+        g.qmp.execute("object-del", id="kvmi0")
+    except QMPError:
+        pass
+
+
+def prepare(function):
+    """A guest as the scenario wants it."""
+    g = Guest()
+    marker = DIR / "ready"          # there as long as the guest is fit for the next scenario
+    reuse = marker.exists() and not function.fresh and g.alive()
+    if reuse:
+        marker.unlink()
+        remove_object(g)
+        g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
+    else:
+        g.start(kvmi=not function.object_options)
+        if function.object_options:
+            g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
+    g.spoilt = False
+    return g, marker
+
+
+def run(name):
+    function = SCENARIOS[name]
+    g = marker = None
+    # Out of time: leave by the normal way, which ends the tool.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
+    try:
+        if function.guest:
+            g, marker = prepare(function)
+        function(g)
+        if g and not g.spoilt:
+            marker.touch()
+    except BaseException as e:
+        traceback.print_exc()
+        if g:
+            print("--- QEMU's trace, last lines ---")
+            print("\n".join(g.trace.read_text(errors="replace").splitlines()[-30:]) if g.trace.exists() else "")
+            print("--- the guest's console, last lines ---")
+            print("\n".join(g.output().splitlines()[-5:]))
+            print((DIR / "stderr").read_text() if (DIR / "stderr").exists() else "")
+        if not isinstance(e, Exception):
+            raise
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or list(SCENARIOS)
+    failed = []
+    for name in names:
+        start = time.monotonic()
+        bad = run(name)
+        print(f"{'FAIL' if bad else 'pass'} {name} {time.monotonic() - start:.1f} s", flush=True)
+        failed += [name] if bad else []
+    sys.exit(1 if failed else 0)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel selftest, run once in a host: what each of its cases said."""
+import re
+import shlex
+
+import host
+
+SOURCE = host.TOP / "linux/tools/testing/selftests/kvm/x86_64/kvmi_test.c"
+BINARY = host.BUILD / "linux/selftest/kvmi_test"
+TIMEOUT = {"amd": 240, "intel": 480}
+
+
+def cases():
+    """The cases as the source has them, so that one that vanished from the output is missed."""
+    text = SOURCE.read_text() if SOURCE.exists() else ""
+    found = re.findall(r"^(?:TEST\((\w+)\)|TEST_F(?:_TIMEOUT)?\(\w+,\s*(\w+)|KVM_ONE_VCPU_TEST\(\w+,\s*(\w+))", text, re.M)
+    return [next(filter(None, names)) for names in found]
+
+
+def parse(output):
+    """{case: (verdict, text)} of a TAP output; verdict is "ok", "not ok" or "skip", the text what led to it."""
+    results = {}
+    start = 0
+    for m in re.finditer(r"^(ok|not ok) \d+ (?:- )?(\S+)(.*)$", output, re.M):
+        skip = re.search(r"# *SKIP", m[3], re.I)
+        results[m[2].split(".")[-1]] = ("skip" if skip and m[1] == "ok" else m[1], output[start:m.end()].strip())
+        start = m.end() + 1
+    return results
+
+
+class Result:
+    def __init__(self, status, output, trouble):
+        self.status, self.output, self.trouble = status, output, trouble
+        self.cases = parse(output)
+
+
+# Some cases are about KVM with the parameter off, and skip themselves otherwise: they get a run of their own, at the end.
+SCRIPT = """\
+{test}; on=$?
+[ ! -f /run/vm-holder.pid ] || kill $(cat /run/vm-holder.pid)
+for i in 1 2 3 4 5 6 7 8 9 10; do rmmod kvm-{vendor} && break; sleep 0.2; done 2>/dev/null
+rmmod kvm && insmod $KVMI_MODULES/kvm.ko introspection=0 && insmod $KVMI_MODULES/kvm-{vendor}.ko || exit 100
+{test} -f kvmi_off; off=$?
+[ $on = 0 ] && exit $off
+exit $on
+"""
+
+
+def run(vendor):
+    output = bytearray()
+    test = host.need(BINARY, "build the selftest first")
+    with host.Host(vendor, files=[test]) as h:
+        h.start()
+        status = h.run(["sh", "-c", SCRIPT.format(test=shlex.quote(str(test)), vendor=vendor)], TIMEOUT[vendor], output.extend)
+        trouble = h.trouble()
+    return Result(status, output.decode(errors="replace"), trouble)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The unit tests in C, each program one test: those of the library and the tool, and QEMU's."""
+import os
+import subprocess
+
+import pytest
+
+import host
+
+pytestmark = pytest.mark.unit
+
+
+def programs():
+    folder = host.BUILD / "tests/unit"
+    found = [p for p in sorted(folder.iterdir()) if p.is_file() and os.access(p, os.X_OK)] if folder.is_dir() else []
+    return [*found, host.BUILD / "qemu/tests/test-kvmi"]
+
+
+@pytest.mark.parametrize("program", programs(), ids=lambda p: p.name)
+def test_unit(program):
+    host.need(program, "build first")
+    env = dict(os.environ, LD_LIBRARY_PATH=str(host.BUILD / "lib"))
+    r = subprocess.run([program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, env=env)
+    assert r.returncode == 0, f"status {r.returncode}\n{r.stdout.decode(errors='replace')}"
