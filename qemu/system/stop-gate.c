@@ -89,8 +89,8 @@ static bool anybody_busy(void)
 
 /*
  * Waiters are called from here only.  Whoever released or cancelled them may
- * be deep inside something else; and once out of the queue, a waiter may do
- * what it likes with the gate.
+ * be deep inside something else, such as a reset; and once out of the queue, a
+ * waiter may do what it likes with the gate.
  */
 static void call_waiters_bh(void *opaque)
 {
@@ -117,8 +117,10 @@ static void call_waiters_bh(void *opaque)
 
 static void schedule_waiters(void)
 {
+    /* Not in qemu_get_aio_context(): draining block devices runs its BHs */
     if (!QSIMPLEQ_EMPTY(&waiters)) {
-        aio_bh_schedule_oneshot(qemu_get_aio_context(), call_waiters_bh, NULL);
+        aio_bh_schedule_oneshot(iohandler_get_aio_context(), call_waiters_bh,
+                                NULL);
     }
 }
 

@@ -861,6 +861,7 @@ static void test_object_session(void)
     g_assert_cmpint(fake_kvm.unhooks, ==, 1);
     check_unhook(KVMI_ACTION_STOP, KVMI_OUTCOME_CLEAN);
     vm_stop(RUN_STATE_PAUSED);
+    run_events();
     g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
 
     /* Connected perhaps, but silent while the guest is stopped */
@@ -872,8 +873,8 @@ static void test_object_session(void)
 
     /* And on again */
     vm_run();
-    g_assert_cmpint(state(), ==, KVMI_STATE_HANDSHAKE);
     g_assert_cmpint(tool_recv(fd, buf, 4), ==, 4);
+    g_assert_cmpint(state(), ==, KVMI_STATE_HANDSHAKE);
     close(fd);
     until(state() != KVMI_STATE_HANDSHAKE);
     check_error("closed the connection");
@@ -985,7 +986,7 @@ static void test_object_cut(void)
     n = fake_kvm.unhooks;
     g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
     vm_stop(RUN_STATE_PAUSED);
-    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    until(state() == KVMI_STATE_UNHOOKED);
     g_assert_cmpint(fake_kvm.unhooks, ==, n);
     close(fd);
 

@@ -620,9 +620,15 @@ static void kvmi_bh(void *opaque)
     }
 }
 
+/*
+ * When the guest stops, the gate has done what was urgent.  The rest need not
+ * make the stop any longer.
+ */
 static void kvmi_vm_state_change(void *opaque, bool running, RunState state)
 {
-    kvmi_update(opaque);
+    KVMIObject *s = opaque;
+
+    qemu_bh_schedule(s->bh);
 }
 
 static void kvmi_wakeup(Notifier *notifier, void *data)
