@@ -168,8 +168,8 @@ int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
 int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 			  const struct kvmi_msg_hdr *hdr, const void *body);
 int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait);
-void kvmi_vcpu_drop_queue(struct kvm_vcpu_introspection *kv,
-			  const atomic_t *session);
+void kvmi_vcpu_drop_queue(struct kvm_vcpu *vcpu);
+void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv);
 bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu);
 bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id);
 

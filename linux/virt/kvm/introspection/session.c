@@ -79,14 +79,8 @@ struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 
 void kvmi_vcpu_destroy(struct kvm_vcpu *vcpu)
 {
-	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
-
-	if (!kv)
-		return;
-
-	kvmi_vcpu_drop_queue(kv, NULL);
-	kfree(kv->out.msg);
-	kfree(kv);
+	if (vcpu->kvmi)
+		kvmi_vcpu_free(vcpu->kvmi);
 	vcpu->kvmi = NULL;
 }
 
@@ -233,7 +227,7 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 	/* Nobody fills the queues any more; leave nothing to the next session */
 	kvm_for_each_vcpu(i, vcpu, kvmi->kvm) {
 		if (vcpu->kvmi)
-			kvmi_vcpu_drop_queue(vcpu->kvmi, NULL);
+			kvmi_vcpu_drop_queue(vcpu);
 	}
 
 	kfree(kvmi->out.msg);

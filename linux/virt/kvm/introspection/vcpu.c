@@ -165,23 +165,53 @@ int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait)
 	return err;
 }
 
-/* Empties the queue, unless it may belong to a session that is alive */
-void kvmi_vcpu_drop_queue(struct kvm_vcpu_introspection *kv,
-			  const atomic_t *session)
+static void kvmi_free_jobs(struct list_head *jobs)
 {
 	struct kvmi_job *job, *next;
-	LIST_HEAD(jobs);
+
+	list_for_each_entry_safe(job, next, jobs, link)
+		kfree(job);
+}
+
+/*
+ * A session has ended: empties the queue, unless another one has begun and it
+ * is that one's.  But what the tool has said last of an event counts, with the
+ * commands before it: stay until the vCPU has done as it was told.
+ */
+void kvmi_vcpu_drop_queue(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_job *job, *next;
+	bool keep;
+	LIST_HEAD(drop);
 
 	spin_lock(&kv->lock);
-	if (!session || !kvmi_session_alive(atomic_read(session))) {
-		list_splice_init(&kv->jobs, &jobs);
-		kv->nr_jobs = 0;
-		kv->pauses = 0;
-	}
-	spin_unlock(&kv->lock);
+	if (kvmi_session_alive(atomic_read(&kvmi->session)))
+		goto out_unlock;
 
-	list_for_each_entry_safe(job, next, &jobs, link)
-		kfree(job);
+	kv->pauses = 0;
+	keep = kv->ev.answered;
+	list_for_each_entry_safe(job, next, &kv->jobs, link) {
+		if (!keep) {
+			list_move_tail(&job->link, &drop);
+			kv->nr_jobs--;
+		} else if (job->hdr.id == KVMI_VCPU_EVENT) {
+			keep = false;
+		}
+	}
+
+out_unlock:
+	spin_unlock(&kv->lock);
+	kvmi_free_jobs(&drop);
+}
+
+/* The vCPU is going away, and its thread is gone */
+void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv)
+{
+	kvmi_free_jobs(&kv->jobs);
+	kfree(kv->out.msg);
+	kfree(kv);
 }
 
 /*
@@ -306,6 +336,7 @@ static void kvmi_event_abandon(struct kvm_vcpu *vcpu)
 
 	spin_lock(&kv->lock);
 	kv->ev.open = false;
+	kv->ev.answered = false;
 	spin_unlock(&kv->lock);
 	kv->regs_pending = false;
 }
@@ -315,9 +346,14 @@ static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 {
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
-	int session = atomic_read(&kvmi->session);
+	/* Nothing of the old session arrives after this */
+	int session = atomic_read_acquire(&kvmi->session);
 
 	if (kv->session == session)
+		return;
+
+	/* Its last word is still in the queue */
+	if (READ_ONCE(kv->ev.answered))
 		return;
 
 	kv->out.size = 0;
@@ -426,6 +462,7 @@ static int kvmi_event_finish(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
 
 	spin_lock(&kv->lock);
 	kv->ev.open = false;
+	kv->ev.answered = false;
 	spin_unlock(&kv->lock);
 
 	if (rpl->action != KVMI_EVENT_ACTION_CRASH)
@@ -525,7 +562,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	kvmi_vcpu_follow_session(vcpu);
 
 	if (!kvmi_session_alive(kv->session)) {
-		kvmi_vcpu_drop_queue(kv, &vcpu->kvm->kvmi->session);
+		kvmi_vcpu_drop_queue(vcpu);
 		return 0;
 	}
 

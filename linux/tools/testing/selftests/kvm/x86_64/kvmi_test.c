@@ -33,6 +33,7 @@
 #define MAX_PAUSES	1002
 #define MAX_MSRS	481
 
+#define RFLAGS_IF	BIT(9)
 #define IRQ_VECTOR	0x40
 #define UNMAPPED_GPA	0x7000000000ull
 #define EXTRA_GPA	0x10000000ull
@@ -171,6 +172,7 @@ static void guest_on_irq(struct ex_regs *regs)
 
 static void guest_halt(void)
 {
+	asm volatile("cli");
 	x2apic_enable();
 	WRITE_ONCE(counter, 1);
 	asm volatile("sti; hlt; cli" : : : "memory");
@@ -923,21 +925,44 @@ FIXTURE(kvmi) {
 	struct kvm_vcpu *vcpu;
 };
 
+/*
+ * Guests run with interrupts enabled.  None will come, but there are emulated
+ * hosts that don't get their own while a guest has them disabled.
+ */
+static struct kvm_vcpu *enable_interrupts(struct kvm_vcpu *vcpu)
+{
+	struct kvm_regs regs;
+
+	vcpu_regs_get(vcpu, &regs);
+	regs.rflags |= RFLAGS_IF;
+	vcpu_regs_set(vcpu, &regs);
+
+	return vcpu;
+}
+
+static struct kvm_vcpu *make_vm(void *guest_code)
+{
+	struct kvm_vcpu *vcpu;
+
+	(void)vm_create_with_one_vcpu(&vcpu, guest_code);
+	return enable_interrupts(vcpu);
+}
+
+static struct kvm_vcpu *add_vcpu(struct kvm_vcpu *vcpu, void *guest_code)
+{
+	return enable_interrupts(vm_vcpu_add(vcpu->vm, 1, guest_code));
+}
+
 FIXTURE_SETUP(kvmi)
 {
 	if (!introspection_on())
 		SKIP(return, "kvm.introspection is off");
-	(void)vm_create_with_one_vcpu(&self->vcpu, NULL);
+	self->vcpu = make_vm(NULL);
 }
 
 FIXTURE_TEARDOWN(kvmi)
 {
 	kvm_vm_free(self->vcpu->vm);
-}
-
-static struct kvm_vcpu *add_vcpu(struct kvm_vcpu *vcpu, void *guest_code)
-{
-	return vm_vcpu_add(vcpu->vm, 1, guest_code);
 }
 
 /* HOOK, UNHOOK */
@@ -1170,25 +1195,23 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_open_pause, guest_count)
 
 KVM_ONE_VCPU_TEST(kvmi, unhook_destroyed_vm, guest_count)
 {
-	struct kvm_vcpu *other;
-	struct kvm_vm *vm;
+	struct kvm_vcpu *other = make_vm(guest_count);
 	struct runner r;
 	struct event ev;
 
-	vm = vm_create_with_one_vcpu(&other, guest_count);
-	hook(vm);
-	kvm_vm_free(vm);
+	hook(other->vm);
+	kvm_vm_free(other->vm);
 	assert_closed();
 	tool_close();
 
 	/* With an event and messages open */
-	vm = vm_create_with_one_vcpu(&other, guest_count);
+	other = make_vm(guest_count);
 	start_to_pause(&r, other, &ev);
 	interrupt(&r);
 	assert_err(pause_vcpu(0, 0), 0);
 	send_get_registers(0, 0, 0);
 	get_version();
-	kvm_vm_free(vm);
+	kvm_vm_free(other->vm);
 	assert_closed();
 	tool_close();
 }
@@ -1207,7 +1230,7 @@ static void test_killed(bool jammed)
 	pid = fork();
 	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
 	if (!pid) {
-		vm_create_with_one_vcpu(&vcpu, guest_count);
+		vcpu = make_vm(guest_count);
 		hook_fd(vcpu->vm, fds[1]);
 		allow_all(vcpu->vm);
 		close(fds[0]);
@@ -2921,13 +2944,15 @@ KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_unhook_clean, guest_break_once)
 	test_abandoned(vcpu, true, false);
 }
 
-/* The tool has answered before it went: that counts */
-KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_gone, guest_break_rax)
+/* The tool has answered before the session ended: that counts */
+static void test_answered(struct kvm_vcpu *vcpu, bool tool_end, bool hook_again)
 {
+	struct kvmi_vcpu_get_info_reply info;
 	struct kvm_vm *vm = vcpu->vm;
 	struct kvm_regs regs;
 	struct event ev;
 	struct runner r;
+	u32 seq;
 
 	start_to_bp(&r, vcpu, &ev);
 	regs = ev.common.arch.regs;
@@ -2938,14 +2963,43 @@ KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_gone, guest_break_rax)
 	interrupt(&r);
 	reply_retry(&ev);
 	assert_err(get_version(), 0);
-	tool_close();
-	usleep(QUIET_MS * 1000);
+	if (tool_end) {
+		tool_close();
+		usleep(QUIET_MS * 1000);
+	} else {
+		unhook(vm);
+	}
+	if (hook_again) {
+		hook(vm);
+		seq = send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, NULL, 0);
+		assert_err(get_version(), 0);
+	}
 	start(&r, vcpu);
 	wait_for(guest_read(vm, result));
 	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
 	TEST_ASSERT_EQ(guest_read(vm, result), regs.rax);
+	if (hook_again) {
+		assert_err(get_reply(KVMI_VCPU_GET_INFO, seq, &info,
+				     sizeof(info)), 0);
+		assert_quiet();
+	}
 	stop_guest(&r);
 	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_gone, guest_break_rax)
+{
+	test_answered(vcpu, true, false);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_unhook, guest_break_rax)
+{
+	test_answered(vcpu, false, false);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_reply_and_hook, guest_break_rax)
+{
+	test_answered(vcpu, false, true);
 }
 
 /* No event from then on */
