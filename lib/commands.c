@@ -232,9 +232,10 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 		size_t op;
 		size_t size;
 	} window[BATCH_WINDOW];
-	unsigned int first = 0, used = 0;
+	unsigned int first = 0, used = 0, bytes = 0;
 	enum kvmi_status result = KVMI_OK, fatal = KVMI_OK;
 	size_t op = 0, done = 0, i;
+	bool refill;
 
 	if (!vm || (count && !ops))
 		return no_vm(err);
@@ -253,7 +254,13 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 		struct part *part;
 		size_t size = 0;
 
-		while (fatal == KVMI_OK && op < count && used < BATCH_WINDOW) {
+		/*
+		 * Not one by one, as answers come in: each message sent alone
+		 * costs both sides a system call and a wake-up.
+		 */
+		refill = used <= BATCH_WINDOW / 2 && bytes <= BATCH_BYTES / 2;
+		while (fatal == KVMI_OK && op < count && refill &&
+		       used < BATCH_WINDOW && bytes < BATCH_BYTES) {
 			/* both requests have the same layout */
 			struct kvmi_vm_read_physical request = { 0 };
 			uint64_t left_in_page;
@@ -292,6 +299,7 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 			part->op = op;
 			part->size = size;
 			used++;
+			bytes += size;
 			done += size;
 		}
 		if (fatal != KVMI_OK && result == KVMI_OK) {
@@ -309,6 +317,7 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 		part = &window[first];
 		first = (first + 1) % BATCH_WINDOW;
 		used--;
+		bytes -= part->size;
 		if (fatal != KVMI_OK) {
 			if (ops[part->op].status == KVMI_OK)
 				ops[part->op].status = fatal;

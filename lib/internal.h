@@ -11,13 +11,18 @@
 #include <linux/kvmi.h>
 
 /*
- * How many commands of a batch are on their way at once.  Enough to hide the
- * latency, too few to fill the socket's buffers with their answers.
+ * How much of a batch is on its way at once: commands, and bytes of them or of
+ * their answers.  Enough to hide the latency, and not much more than the
+ * buffers of a socket take.
  */
-#define BATCH_WINDOW 32
+#define BATCH_WINDOW 256
+#define BATCH_BYTES (128 * 1024)
 
-/* The same with those that timed out and whose answer may still come */
-#define MAX_PENDING 128
+/*
+ * The same with those that timed out and whose answer may still come.  A power
+ * of two: the number of a command tells its place.
+ */
+#define MAX_PENDING 512
 
 /* KVM has fewer vCPUs than that */
 #define MAX_VCPUS 8192
@@ -60,7 +65,6 @@ struct pending {
 	void *data;		/* what comes after kvmi_error_code goes here */
 	size_t capacity;
 	size_t size;		/* of what came, may be > capacity */
-	size_t tag;		/* the caller's */
 };
 
 struct queued_event {

@@ -408,16 +408,12 @@ static enum kvmi_status take_answer(struct kvmi_vm *vm,
 	struct kvmi_error_code code;
 	struct pending *pending;
 	const char *name = kvmi_command_name(header->id);
-	size_t i, size;
+	size_t size;
 
-	for (i = 0; i < MAX_PENDING; i++) {
-		pending = &vm->pending[i];
-		if ((pending->state == PENDING_WAITING ||
-		     pending->state == PENDING_ABANDONED) &&
-		    pending->seq == header->seq && pending->id == header->id)
-			break;
-	}
-	if (i == MAX_PENDING)
+	pending = &vm->pending[header->seq % MAX_PENDING];
+	if ((pending->state != PENDING_WAITING &&
+	     pending->state != PENDING_ABANDONED) ||
+	    pending->seq != header->seq || pending->id != header->id)
 		return vm_break(vm, err,
 				"an answer to nothing (message %u, number %u)",
 				header->id, header->seq);
@@ -556,7 +552,7 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 {
 	enum kvmi_status status;
 	struct pending *slot;
-	size_t i;
+	unsigned int tries;
 
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
@@ -564,16 +560,18 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "no commands before kvmi_vm_connect()");
 
-	for (i = 0; i < MAX_PENDING; i++)
-		if (vm->pending[i].state == PENDING_FREE)
+	/* numbers whose place is taken are left out */
+	for (tries = 0; tries < MAX_PENDING; tries++) {
+		slot = &vm->pending[++vm->seq % MAX_PENDING];
+		if (slot->state == PENDING_FREE)
 			break;
-	if (i == MAX_PENDING)
+	}
+	if (tries == MAX_PENDING)
 		return fail(err, KVMI_ERR_LIMIT,
 			    "%d commands have not been answered; is the VM paused?",
 			    MAX_PENDING);
-	slot = &vm->pending[i];
 
-	status = vm_send(vm, id, ++vm->seq, parts, part_count, err);
+	status = vm_send(vm, id, vm->seq, parts, part_count, err);
 	if (status != KVMI_OK)
 		return status;
 

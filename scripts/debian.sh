@@ -95,15 +95,23 @@ apt_setup()
         "Looked in /etc/apt/sources.list and /etc/apt/sources.list.d." \
         "Add it there, or give the sources by --with-linux-source=, --with-qemu-source=" \
         "and --with-kernel-headers=."
+    # Those of an hour ago are new enough
+    if [ -n "$(find "$apt/updated" -mmin -60 2>/dev/null)" ] &&
+       cmp -s "$apt/kvmi.sources" "$apt/updated"; then
+        return
+    fi
     step APT "reading the package lists"
+    # shellcheck disable=SC2046
     timeout 900 apt-get $(apt_options) -q update >"$apt/update.log" 2>&1 </dev/null || :
-    grep -E '^(W|E|Err)' "$apt/update.log" >"$apt/update.err" || :
+    grep -E '^(W|E|Err)' "$apt/update.log" >"$apt/update.err" ||
+        cp "$apt/kvmi.sources" "$apt/updated"
 }
 
 apt_options()
 {
     echo "-o Dir::Etc::sourcelist=$apt/kvmi.sources -o Dir::Etc::sourceparts=/dev/null" \
          "-o Dir::State::lists=$apt/lists -o Dir::Cache=$apt/cache" \
+         "-o Dir::Cache::pkgcache=pkgcache.bin -o Dir::Cache::srcpkgcache=srcpkgcache.bin" \
          "-o APT::Sandbox::User=$(id -un) -o Acquire::Languages=none" \
          "-o Acquire::Retries=2 -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30"
 }

@@ -2,6 +2,7 @@
 """pytest's set-up: the emulated hosts as fixtures, and the order of the tests."""
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -17,37 +18,25 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: min((n for n, m in enumerate(ORDER) if i.get_closest_marker(m)), default=len(ORDER)))
 
 
-class Background:
-    """A function that runs while the other tests do; result() waits for it."""
+intel_result = Future()
 
-    def __init__(self, function, *args):
-        self.value = self.error = None
-        self.thread = threading.Thread(target=self.work, args=(function, args), daemon=True)
-        self.thread.start()
 
-    def work(self, function, args):
-        try:
-            self.value = function(*args)
-        except Exception as e:      # told to the test that asks for the result
-            self.error = e
-
-    def result(self):
-        self.thread.join()          # the host has its own deadline
-        if self.error:
-            raise self.error
-        return self.value
+def run_on_intel():
+    try:
+        intel_result.set_result(selftest.run("intel"))
+    except Exception as e:      # raised by result()
+        intel_result.set_exception(e)
 
 
 def pytest_collection_finish(session):
     # The Intel host is slow and uses one CPU: let it work while the AMD host's tests run.
-    session.intel_selftest = None
     if not session.config.option.collectonly and any(i.get_closest_marker("intel") for i in session.items):
-        session.intel_selftest = Background(selftest.run, "intel")
+        threading.Thread(target=run_on_intel, daemon=True).start()
 
 
 @pytest.fixture(scope="session")
-def intel_selftest(request):
-    return request.session.intel_selftest.result()
+def intel_selftest():
+    return intel_result.result()        # not for ever: the host has its deadline
 
 
 class AmdHost:
@@ -59,9 +48,10 @@ class AmdHost:
     def run(self, argv, timeout):
         """Runs the command; fails the test if it fails or if the host's kernel complained meanwhile. Returns the output."""
         output = bytearray()
-        if not self.host:
-            self.host = host.Host("amd").start()
         try:
+            if not self.host:
+                self.host = host.Host("amd")
+                self.host.start()
             status = self.host.run(argv, timeout, output.extend)
             trouble = self.host.trouble()
         except host.HostError as e:

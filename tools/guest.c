@@ -220,9 +220,14 @@ enum guest_result guest_find_kernel(struct guest *guest, struct kvmi_vm *vm,
 
 		status = guest_translate(vm, guest->cr3, guest->five_levels,
 					 probe, &gpa, NULL, err);
-		if (status == KVMI_ERR_UNMAPPED)
-			guest->cr3 &= ~PAGE_SIZE;
-		else if (status != KVMI_OK)
+		if (status == KVMI_ERR_UNMAPPED) {
+			status = guest_translate(vm, guest->cr3 & ~PAGE_SIZE,
+						 guest->five_levels, probe,
+						 &gpa, NULL, err);
+			if (status == KVMI_OK)
+				guest->cr3 &= ~PAGE_SIZE;
+		}
+		if (status != KVMI_OK && status != KVMI_ERR_UNMAPPED)
 			return GUEST_FAILED;
 	}
 

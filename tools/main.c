@@ -126,25 +126,31 @@ struct kvmi_vm *wait_for_vm(const struct one_vm_options *options,
 	if (options->timeout_s)
 		end = time(NULL) + options->timeout_s;
 
-	while (!vm && !interrupted) {
-		struct pollfd poll_fd = { .fd = kvmi_listener_fd(listener),
-					  .events = POLLIN };
+	while (!interrupted) {
+		struct pollfd poll_fd = {
+			.fd = vm ? kvmi_vm_fd(vm) : kvmi_listener_fd(listener),
+			.events = POLLIN,
+		};
 
 		if (end && time(NULL) >= end) {
-			complain("no VM has connected to %s within %u s",
-				 options->socket, options->timeout_s);
+			complain(vm ? "a VM has connected to %s, but it is paused" :
+				 "no VM has connected to %s", options->socket);
 			break;
 		}
 		if (poll(&poll_fd, 1, 1000) <= 0)
 			continue;
-		status = kvmi_listener_accept(listener, &vm, &err);
-		if (status == KVMI_ERR_NOTHING)
-			continue;
-		if (status == KVMI_OK) {
+		if (!vm) {
+			status = kvmi_listener_accept(listener, &vm, &err);
+			/* while it is paused, QEMU connects but says nothing */
+			if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
+				continue;
+		} else {
 			status = kvmi_vm_connect(vm, commands, events, &err);
 			/* not allowed: maybe they can do without */
-			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED)
-				break;
+			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED) {
+				kvmi_listener_free(listener);
+				return vm;
+			}
 		}
 		complain("%s", err.message);
 		kvmi_vm_close(vm);
@@ -152,9 +158,10 @@ struct kvmi_vm *wait_for_vm(const struct one_vm_options *options,
 		if (status == KVMI_ERR_SYSTEM)
 			break;
 	}
+	kvmi_vm_close(vm);
 	kvmi_listener_free(listener);
 
-	return vm;
+	return NULL;
 }
 
 int main(int argc, char **argv)

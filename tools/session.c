@@ -29,13 +29,15 @@
 
 #define INT3 0xcc
 
-/* Commands: below QEMU's deadline for unhooking (5 s) */
-#define COMMAND_TIMEOUT_MS 3000
+/* A VM that is gone ends the connection: this is for one that is stuck */
+#define COMMAND_TIMEOUT_MS 10000
 #define HANDSHAKE_TIMEOUT_MS 10000
-/* For all vCPUs to stop or to go on */
-#define STOP_TIMEOUT_MS 1500
+/* For all vCPUs to stop or to go on; below QEMU's deadline for unhooking (5 s) */
+#define STOP_TIMEOUT_MS 3000
 /* For one instruction */
-#define STEP_TIMEOUT_MS 1000
+#define STEP_TIMEOUT_MS 3000
+/* When taking out took longer, there is no time to have a second look */
+#define VERIFY_UNTIL_MS 2500
 #define KERNEL_POLL_MS 200
 #define KERNEL_RETRY_MS 5000
 #define SUMMARY_US 1000000
@@ -43,6 +45,8 @@
 #define FEW 16
 /* Pages that are handled at once */
 #define CHUNK 256
+/* Breakpoints that are planted while the guest stands still */
+#define SLICE 1024
 
 struct vcpu {
 	bool enabled;			/* BREAKPOINT is */
@@ -244,6 +248,12 @@ static bool is_lost(struct session *s, enum kvmi_status status,
 	}
 
 	return s->lost;
+}
+
+/* There is something more urgent than whatever goes on */
+static bool is_stopping(struct session *s)
+{
+	return s->unhook || s->lost || atomic_load(&s->watch->stopping);
 }
 
 /* Answers the open event of a vCPU */
@@ -652,31 +662,20 @@ static size_t count_left(struct session *s, bool held)
 	return left;
 }
 
-/* Where the code is in physical memory, and what it is */
-static bool prepare(struct session *s, struct breakpoint *bp, char *why,
-		    size_t why_size)
+/* What the guest has at the breakpoint: bytes, size of them */
+static bool prepare(struct session *s, struct breakpoint *bp, uint8_t *bytes,
+		    size_t size, char *why, size_t why_size)
 {
 	struct guest *guest = &s->record->guest;
-	uint64_t in_page = PAGE_SIZE - bp->gva % PAGE_SIZE, gpa;
-	uint8_t bytes[INSN_MAX];
-	size_t size = in_page < INSN_MAX ? in_page : INSN_MAX;
-	enum kvmi_status status;
 	struct kvmi_error err;
 
-	status = guest_kernel_gpa(guest, bp->gva, &gpa, &err);
-	if (status == KVMI_OK)
-		status = kvmi_vm_read_physical(s->vm, gpa, bytes, size, &err);
-	if (status == KVMI_OK && size < INSN_MAX &&
+	/* the rest is on another page, which can be anywhere */
+	if (size < INSN_MAX &&
 	    guest_read(guest, bp->gva + size, bytes + size, INSN_MAX - size,
 		       &err) == KVMI_OK)
 		size = INSN_MAX;
-	if (status != KVMI_OK) {
-		is_lost(s, status, &err);
-		snprintf(why, why_size, "%s", err.message);
-		return false;
-	}
 	if (bytes[0] == INT3) {
-		if (!bp->leftover || bp->gpa != gpa) {
+		if (!bp->leftover) {
 			snprintf(why, why_size,
 				 "there is an INT3 already, which is not ours");
 			return false;
@@ -685,7 +684,6 @@ static bool prepare(struct session *s, struct breakpoint *bp, char *why,
 	} else {
 		bp->leftover = false;
 	}
-	bp->gpa = gpa;
 
 	if (insn_decode(s->decoder, bytes, size, &bp->insn)) {
 		snprintf(why, why_size, "there is no valid instruction");
@@ -722,133 +720,45 @@ static void name_breakpoint(struct session *s, struct breakpoint *bp)
  */
 static void spread(struct session *s, struct breakpoint *first, size_t wanted)
 {
-	const struct guest *guest = &s->record->guest;
+	struct guest *guest = &s->record->guest;
 	const struct symbols *symbols = guest_symbols(guest, s->watch->map);
-	size_t total = symbols_count(symbols), found = 0, i, chosen = 0;
-	struct kvmi_memory_op *ops = calloc(total + 1, sizeof(*ops));
-	uint32_t *bytes = calloc(total + 1, sizeof(*bytes));
-	uint64_t *places = calloc(total + 1, sizeof(*places)), last = 0;
-	struct kvmi_error err;
+	uint64_t start = guest->text_start, last = 0, *places;
+	size_t size = guest->text_end - start, found = 0, chosen = 0, i;
 	enum kvmi_status status;
+	struct kvmi_error err;
+	uint8_t *text;
 
-	for (i = 0; i < total && ops && bytes && places; i++) {
+	places = calloc(symbols_count(symbols) + 1, sizeof(*places));
+	text = malloc(size);
+	status = !places || !text ? KVMI_ERR_LIMIT :
+		 kvmi_vm_read_physical(s->vm, start - guest->linear, text,
+				       size, &err);
+	if (!guest->linear || (status != KVMI_OK && !is_lost(s, status, &err))) {
+		problem(s, "the kernel's code cannot be read");
+		size = 0;
+	}
+	for (i = 0; i < symbols_count(symbols) && size && !s->lost; i++) {
 		const struct symbol *symbol = symbols_get(symbols, i);
 		uint64_t place = symbol->address + guest->offset - 8;
+		uint32_t bytes;
 
 		if (symbol->address == last || !strchr("tT", symbol->type) ||
-		    place < guest->text_start || place >= guest->text_end - 8)
+		    place < start || place >= start + size - 8)
 			continue;
 		last = symbol->address;
-		places[found] = place;
-		if (guest_kernel_gpa((struct guest *)guest, place,
-				     &ops[found].gpa, &err) != KVMI_OK)
-			continue;
-		ops[found].data = &bytes[found];
-		ops[found].size = 4;
-		found++;
+		/* four times NOP; ours may be there already */
+		memcpy(&bytes, text + (place - start), sizeof(bytes));
+		if (bytes == 0x90909090 || bytes == 0x909090cc)
+			places[found++] = place;
 	}
-	if (found) {
-		status = kvmi_vm_read_many(s->vm, ops, found, &err);
-		if (status != KVMI_OK)
-			is_lost(s, status, &err);
-		/* keep those that are four times NOP (or ours already) */
-		for (i = 0, total = 0; i < found; i++)
-			if (ops[i].status == KVMI_OK &&
-			    (bytes[i] == 0x90909090 || bytes[i] == 0x909090cc))
-				places[total++] = places[i];
-		for (i = 0; i < wanted && i < total; i++, chosen++)
-			first[i].gva = places[total > wanted ?
-					      i * total / wanted : i];
-	}
-	if (chosen < wanted)
+	for (; chosen < wanted && chosen < found; chosen++)
+		first[chosen].gva = places[found > wanted ?
+					   chosen * found / wanted : chosen];
+	if (chosen < wanted && !s->lost)
 		problem(s, "the kernel has room for %zu of %zu spread breakpoints",
 			chosen, wanted);
-	free(ops);
-	free(bytes);
+	free(text);
 	free(places);
-}
-
-/* All breakpoints into the guest */
-static void plant(struct session *s)
-{
-	struct vm_record *record = s->record;
-	struct guest *guest = &record->guest;
-	struct breakpoint **list = record->planted;
-	size_t specs = s->watch->spec_count, count = 0, i, in = 0;
-	int64_t start = now_us();
-	char why[400];
-	struct line line;
-	bool held;
-
-	if (record->breakpoint_count > specs &&
-	    !record->breakpoints[specs].gva)
-		spread(s, &record->breakpoints[specs],
-		       record->breakpoint_count - specs);
-
-	for (i = 0; i < record->breakpoint_count && !s->lost; i++) {
-		struct breakpoint *bp = &record->breakpoints[i];
-		bool good;
-
-		if (bp->retired)
-			continue;
-		if (bp->spec)
-			good = guest_resolve(guest, s->watch->map, bp->spec,
-					     true, &bp->gva, why, sizeof(why));
-		else
-			good = bp->gva;
-		if (good) {
-			name_breakpoint(s, bp);
-			good = prepare(s, bp, why, sizeof(why));
-			if (!good && !s->lost && !bp->complained)
-				problem(s, "no breakpoint at %s: %s", bp->name,
-					why);
-		} else if (bp->spec && !bp->complained) {
-			problem(s, "no breakpoint: %s", why);
-		}
-		bp->complained = !good;
-		if (good)
-			list[count++] = bp;
-	}
-	qsort(list, count, sizeof(*list), by_gpa);
-	/* the same place twice */
-	record->planted_count = 0;
-	for (i = 0; i < count; i++) {
-		if (i && list[i]->gpa == list[i - 1]->gpa) {
-			problem(s, "%s and %s are the same place",
-				list[i - 1]->name, list[i]->name);
-			list[i]->retired = true;
-			continue;
-		}
-		list[record->planted_count++] = list[i];
-	}
-
-	if (record->planted_count && !s->lost) {
-		hold(s, -1);
-		held = wait_all_stopped(s);
-		if (!s->lost)
-			exchange(s, list, record->planted_count, false, held);
-		release(s);
-	}
-	for (i = 0; i < record->planted_count; i++)
-		in += list[i]->planted;
-	s->planted = true;
-	s->summary_ts = now_us();
-	if (s->lost)
-		return;
-	if (in < record->planted_count)
-		problem(s, "%zu breakpoints could not be planted: the guest was changing its code",
-			record->planted_count - in);
-
-	if (s->watch->json) {
-		start_line(s, &line, now_us(), "planted");
-		json_number(&line, "breakpoints", in);
-		json_number(&line, "duration_us", now_us() - start);
-		json_end(&line, false);
-	} else {
-		human(now_us(), false, "%s: %zu breakpoint%s planted in %.1f ms",
-		      record->label, in, in == 1 ? "" : "s",
-		      (now_us() - start) / 1e3);
-	}
 }
 
 /* ------------------------------------------------------------------------
@@ -1034,8 +944,11 @@ static bool wait_landed(struct session *s, unsigned int vcpu,
 				return false;
 		/* the array may have moved */
 		v = &s->vcpus[vcpu];
-		if (v->open->id != KVMI_EV_BREAKPOINT)
-			return false;
+		if (v->open->id == KVMI_EV_PAUSE) {
+			/* asked for while it was held by its last hit */
+			answer(s, vcpu, KVMI_ACTION_CONTINUE, NULL);
+			continue;
+		}
 		for (i = 0; i < count; i++)
 			if (landings[i].gva == v->open->state.regs.rip)
 				return true;
@@ -1208,6 +1121,178 @@ static void handle_hits(struct session *s)
 			handle_hit(s, i);
 }
 
+/*
+ * Looks at the code at each breakpoint of list, which is sorted.  Keeps those
+ * that can be planted; returns how many.
+ */
+static size_t prepare_all(struct session *s, struct breakpoint **list,
+			  size_t count)
+{
+	struct kvmi_memory_op ops[CHUNK];
+	struct span spans[CHUNK];
+	uint8_t *buffer = malloc(CHUNK * PAGE_SIZE);
+	size_t from = 0, kept = 0, i, j;
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	if (!buffer) {
+		problem(s, "out of memory");
+		return 0;
+	}
+	while (from < count && !is_stopping(s)) {
+		size_t used = make_spans(list, from, count, false, spans, CHUNK);
+
+		from = spans[used - 1].first + spans[used - 1].count;
+		for (i = 0; i < used; i++) {
+			uint64_t in_page = PAGE_SIZE - spans[i].gpa % PAGE_SIZE;
+			uint32_t size = spans[i].size + INSN_MAX - 1;
+
+			ops[i] = (struct kvmi_memory_op){
+				.gpa = spans[i].gpa,
+				.data = buffer + i * PAGE_SIZE,
+				.size = size < in_page ? size : in_page,
+			};
+		}
+		status = kvmi_vm_read_many(s->vm, ops, used, &err);
+		if (status != KVMI_OK)
+			is_lost(s, status, &err);
+		take_events(s);
+
+		for (i = 0; i < used && !s->lost; i++)
+			for (j = 0; j < spans[i].count; j++) {
+				struct breakpoint *bp = list[spans[i].first + j];
+				size_t at = bp->gpa - spans[i].gpa;
+				size_t size = ops[i].size - at;
+				char why[200] = "it cannot be read";
+				uint8_t bytes[INSN_MAX];
+				bool good = ops[i].status == KVMI_OK;
+
+				if (size > INSN_MAX)
+					size = INSN_MAX;
+				memcpy(bytes, (uint8_t *)ops[i].data + at, size);
+				good = good && prepare(s, bp, bytes, size, why,
+						       sizeof(why));
+				if (!good && !bp->complained)
+					problem(s, "no breakpoint at %s: %s",
+						bp->name, why);
+				bp->complained = !good;
+				/* never more than have been looked at */
+				if (good)
+					list[kept++] = bp;
+			}
+	}
+	free(buffer);
+
+	return kept;
+}
+
+/* All breakpoints into the guest */
+static void plant(struct session *s)
+{
+	struct vm_record *record = s->record;
+	struct guest *guest = &record->guest;
+	struct breakpoint **list = record->planted;
+	size_t specs = s->watch->spec_count, count = 0, left, in = 0, i;
+	int64_t start = now_us();
+	enum kvmi_status status;
+	struct kvmi_error err;
+	char why[400];
+	struct line line;
+	bool held;
+
+	s->planted = true;
+	s->summary_ts = now_us();
+
+	if (record->breakpoint_count > specs &&
+	    !record->breakpoints[specs].gva)
+		spread(s, &record->breakpoints[specs],
+		       record->breakpoint_count - specs);
+
+	/* where they are */
+	for (i = 0; i < record->breakpoint_count && !s->lost; i++) {
+		struct breakpoint *bp = &record->breakpoints[i];
+		uint64_t gpa;
+		bool good;
+
+		if (bp->retired)
+			continue;
+		if (bp->spec)
+			good = guest_resolve(guest, s->watch->map, bp->spec,
+					     true, &bp->gva, why, sizeof(why));
+		else
+			good = bp->gva;
+		if (good) {
+			name_breakpoint(s, bp);
+			status = guest_kernel_gpa(guest, bp->gva, &gpa, &err);
+			if (status != KVMI_OK) {
+				is_lost(s, status, &err);
+				snprintf(why, sizeof(why), "%s: %s", bp->name,
+					 err.message);
+				good = false;
+			}
+		}
+		if (!good) {
+			if (bp->spec && !bp->complained && !s->lost)
+				problem(s, "no breakpoint: %s", why);
+			bp->complained = true;
+			continue;
+		}
+		if (bp->gpa != gpa)
+			bp->leftover = false;
+		bp->gpa = gpa;
+		list[count++] = bp;
+	}
+
+	qsort(list, count, sizeof(*list), by_gpa);
+	count = prepare_all(s, list, count);
+	/* the same place twice */
+	record->planted_count = 0;
+	for (i = 0; i < count; i++) {
+		if (i && list[i]->gpa == list[i - 1]->gpa) {
+			problem(s, "%s and %s are the same place",
+				list[i - 1]->name, list[i]->name);
+			list[i]->retired = true;
+			continue;
+		}
+		list[record->planted_count++] = list[i];
+	}
+
+	/*
+	 * Not too many in one go: the guest stands still meanwhile, and may
+	 * have to be left at any time.
+	 */
+	for (i = 0; i < record->planted_count && !is_stopping(s); i += SLICE) {
+		left = record->planted_count - i;
+		hold(s, -1);
+		held = wait_all_stopped(s);
+		if (!s->lost)
+			exchange(s, list + i, left < SLICE ? left : SLICE,
+				 false, held);
+		release(s);
+		handle_hits(s);
+		take_events(s);
+	}
+	for (i = 0; i < record->planted_count; i++)
+		in += list[i]->planted;
+	s->summary_ts = now_us();
+	if (is_stopping(s))
+		return;
+	if (in < record->planted_count)
+		problem(s, "%zu breakpoints could not be planted: the guest was changing its code",
+			record->planted_count - in);
+
+	if (s->watch->json) {
+		start_line(s, &line, now_us(), "planted");
+		json_number(&line, "breakpoints", in);
+		json_number(&line, "duration_us", now_us() - start);
+		json_end(&line, false);
+	} else {
+		human(now_us(), false, "%s: %zu breakpoint%s planted in %.1f ms",
+		      record->label, in, in == 1 ? "" : "s",
+		      (now_us() - start) / 1e3);
+	}
+}
+
 /* ------------------------------------------------------------------------
  * The end
  */
@@ -1219,7 +1304,7 @@ static void clean(struct session *s, const char *reason)
 	int64_t start = s->unhook ? s->unhook_ts : now_us(), deadline, ts;
 	size_t i, left = 0, count = 0;
 	struct line line;
-	bool held;
+	bool held, verified;
 
 	if (s->watch->json) {
 		start_line(s, &line, start, "notified");
@@ -1253,7 +1338,11 @@ static void clean(struct session *s, const char *reason)
 	for (i = 0; i < record->planted_count; i++)
 		count += record->planted[i]->planted;
 	exchange(s, record->planted, record->planted_count, true, held);
-	left = record->planted_count ? count_left(s, held) : 0;
+	for (i = 0; i < record->planted_count; i++)
+		left += record->planted[i]->planted;
+	verified = !s->unhook || now_us() - start < VERIFY_UNTIL_MS * 1000;
+	if (verified && !left && record->planted_count && !s->lost)
+		left = count_left(s, held);
 	ts = now_us();
 
 	for (i = 0; i < s->vcpu_count; i++) {
@@ -1308,14 +1397,14 @@ static void clean(struct session *s, const char *reason)
 	if (s->watch->json) {
 		start_line(s, &line, ts, "clean");
 		json_number(&line, "breakpoints", count);
-		json_bool(&line, "verified", true);
+		json_bool(&line, "verified", verified);
 		json_bool(&line, "held", held);
 		json_number(&line, "duration_us", ts - start);
 		json_end(&line, false);
 	} else {
-		human(ts, false, "%s: clean: %zu breakpoint%s out and verified in %.1f ms",
+		human(ts, false, "%s: clean: %zu breakpoint%s out%s in %.1f ms",
 		      record->label, count, count == 1 ? "" : "s",
-		      (ts - start) / 1e3);
+		      verified ? " and verified" : "", (ts - start) / 1e3);
 	}
 }
 
@@ -1347,10 +1436,14 @@ static void finish(struct session *s)
 	for (vcpu = 0; vcpu < s->vcpu_count; vcpu++)
 		kvmi_vm_event_free(s->vcpus[vcpu].open);
 	if (s->lost) {
+		/*
+		 * Without a notice the VM was reset or has ended, most likely;
+		 * else we were too slow.
+		 */
+		if (left && s->unhook)
+			problem(s, "the connection was cut with %zu breakpoints still in the guest",
+				left);
 		reason = "lost";
-		if (left)
-			problem(s, "connection lost with %zu breakpoints in the guest: %s",
-				left, s->error.message);
 	}
 	kvmi_vm_close(s->vm);
 	s->vm = NULL;
@@ -1358,24 +1451,23 @@ static void finish(struct session *s)
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "closed");
 		json_string(&line, "reason", reason);
-		if (s->lost)
+		if (s->lost) {
 			json_string(&line, "detail", s->error.message);
+			json_number(&line, "left", left);
+		}
 		json_number(&line, "hits", hits);
 		json_end(&line, false);
+	} else if (s->lost) {
+		human(now_us(), false, "%s: connection lost: %s (%zu breakpoints were in the guest; if it comes back with them, they are taken over)",
+		      record->label, s->error.message, left);
 	} else {
-		human(now_us(), false, "%s: connection closed%s%s", record->label,
-		      s->lost ? ": " : "", s->lost ? s->error.message : "");
+		human(now_us(), false, "%s: connection closed", record->label);
 	}
 }
 
 /* ------------------------------------------------------------------------
  * The start
  */
-
-static bool is_stopping(struct session *s)
-{
-	return s->unhook || s->lost || atomic_load(&s->watch->stopping);
-}
 
 static bool is_interrupted(void *context)
 {
@@ -1508,6 +1600,24 @@ static bool wants_breakpoints(const struct watch *watch)
 	return watch->spec_count || watch->spread;
 }
 
+/*
+ * QEMU connects to us while the VM is paused, too, but says nothing before it
+ * runs.  false: this is the end.
+ */
+static bool wait_for_handshake(struct session *s)
+{
+	struct pollfd poll_fds[2] = {
+		{ .fd = kvmi_vm_fd(s->vm), .events = POLLIN },
+		{ .fd = s->watch->stop_fd, .events = POLLIN },
+	};
+
+	while (poll(poll_fds, 2, -1) < 0)
+		if (errno != EINTR)
+			return false;
+
+	return !poll_fds[1].revents;
+}
+
 static bool begin(struct session *s)
 {
 	uint64_t commands = KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS);
@@ -1528,6 +1638,8 @@ static bool begin(struct session *s)
 		events |= KVMI_SET(KVMI_EV_BREAKPOINT) | KVMI_SET(KVMI_EV_PAUSE);
 	}
 
+	if (!wait_for_handshake(s))
+		return false;
 	kvmi_vm_set_timeout(s->vm, HANDSHAKE_TIMEOUT_MS, NULL);
 	status = kvmi_vm_connect(s->vm, commands, events, &err);
 	kvmi_vm_set_timeout(s->vm, COMMAND_TIMEOUT_MS, NULL);

@@ -59,9 +59,12 @@ static const char help[] =
 "  notified        reason: \"unhook\" (the VM is going to be paused) or \"stop\"\n"
 "  breakpoint-out  symbol, address, original (the byte put back)\n"
 "                  or, when there are more than 16, only their count\n"
-"  clean           breakpoints, verified, held, duration_us: the last one is out,\n"
-"                  memory was read to make sure\n"
-"  closed          reason: \"unhook\", \"stop\" or \"lost\"; detail; hits\n"
+"  clean           breakpoints, verified, held, duration_us: the last one is out;\n"
+"                  verified: memory was read to make sure (left out if taking out\n"
+"                  took so long that QEMU's deadline is near); held: all vCPUs\n"
+"                  stood still\n"
+"  closed          reason: \"unhook\", \"stop\" or \"lost\"; hits; if lost, detail\n"
+"                  and left: the breakpoints that may still be in the guest\n"
 "  problem         message\n";
 
 enum {

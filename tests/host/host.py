@@ -100,18 +100,20 @@ def die_with_parent():
 
 
 class Host:
-    def __init__(self, vendor, modules="kvmi", modules_dir=None, kernel=None, cpus=None, out=None, files=(), kvm_args="introspection=1"):
+    def __init__(self, vendor, modules="kvmi", modules_dir=None, kernel=None, cpus=None, out=None, files=(), kvm_args="introspection=1",
+                 icount=False):
         if vendor not in ("amd", "intel"):
             raise HostError(f"unknown host '{vendor}': amd or intel")
         self.vendor = vendor
         self.cpus = cpus or (2 if vendor == "amd" else 1)
+        self.icount = icount        # AMD: the clock counts instructions (2 ns each), for measurements
         self.kernel = Path(kernel or BUILD / "linux/vmlinuz")
         self.stock = BUILD / "linux/stock"
         # A kernel of one's own comes with everything built in, unless there is a folder of modules for it too.
         self.builtin = bool(kernel) and not modules_dir
         self.modules = Path(modules_dir).resolve() if modules_dir else {"kvmi": BUILD / "linux/modules", "stock": self.stock}[modules]
         self.kvm_args = "" if modules == "stock" and not modules_dir else kvm_args
-        self.files = list(files)
+        self.files = [os.path.abspath(f) for f in files]
         self.dir = Path(tempfile.mkdtemp(prefix=f"kvmi-{vendor}-"))
         self.out = Path(out).resolve() if out else self.dir / "out"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ class Host:
             found.append((name, path))
         return found
 
-    def start(self, timeout=60):
+    def start(self, timeout=120):
         """Boot. The Intel host takes its one command with it on the ISO, so there it is run() that boots."""
         need(self.kernel, "build first, or point KVMI_BUILD to a build folder")
         if self.vendor == "amd":
@@ -179,7 +181,9 @@ class Host:
         (share / "env").write_text("export KVMI_MODULES=/run/kvmi-host/modules KVMI_OUT=/run/out\n"
                                    f"export KVMI_BUILD={shlex.quote(str(BUILD))}\n")
         fs = "local,security_model=none,path="
-        self.spawn([qemu, "-accel", "tcg,thread=" + os.environ.get("KVMI_TCG", "multi"), "-cpu", "max", "-smp", str(self.cpus), "-m", "4096",
+        clock = ["-icount", "shift=1,sleep=off"] if self.icount else []
+        threads = "single" if self.icount else os.environ.get("KVMI_TCG", "multi")
+        self.spawn([qemu, *clock, "-accel", f"tcg,thread={threads}", "-cpu", "max", "-smp", str(self.cpus), "-m", "4096",
                     "-nodefaults", "-display", "none", "-no-reboot", "-kernel", self.kernel, "-initrd", initrd,
                     "-append", "console=ttyS0 " + self.cmdline(),
                     "-serial", f"file:{self.console}", "-serial", "stdio",

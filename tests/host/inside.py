@@ -290,8 +290,8 @@ def symbols():
 class Watch:
     """`kvmi watch --json` and what it said so far."""
 
-    def __init__(self, *breaks, system_map=True):
-        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json"]
+    def __init__(self, *breaks, system_map=True, options=()):
+        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json", *options]
         if system_map:
             argv += ["--system-map", str(BUILD / "linux/System.map")]
         for b in breaks:

@@ -19,6 +19,7 @@ struct sim {
 	int client_fd;		/* given to the library */
 	GThread *thread;
 	void (*script)(struct sim *sim);
+	void *fake;		/* the script's */
 
 	/* knobs for sim_serve() */
 	unsigned int hello_size;	/* 0: 104 */
@@ -33,6 +34,7 @@ struct sim {
 	struct kvm_regs regs[SIM_VCPUS];
 	uint8_t cookie[20];
 	uint32_t seq;			/* of events */
+	int hang_up;		/* for scripts that wait to be told */
 	unsigned int commands;
 	unsigned int replies;
 	struct kvmi_vcpu_event_reply last_reply;

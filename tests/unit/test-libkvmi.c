@@ -980,7 +980,7 @@ static void script_deaf(struct sim *sim)
 	if (!sim_handshake(sim) || !sim_receive(sim))
 		return;
 	sim_serve_one(sim);
-	while (!g_atomic_int_get(&sim->commands))
+	while (!g_atomic_int_get(&sim->hang_up))
 		g_usleep(1000);
 }
 
@@ -994,7 +994,6 @@ static void test_deaf(void)
 
 	sim->script = script_deaf;
 	vm = connect_vm(sim);
-	sim->commands = 0;
 	ok(kvmi_vm_set_timeout(vm, 100, err));
 	for (i = 0; i < 3; i++)
 		fails(kvmi_vm_write_physical(vm, 0, data, 32 * 4096, err),
@@ -1003,7 +1002,7 @@ static void test_deaf(void)
 	/* closing does not hang either */
 	kvmi_vm_close(vm);
 	g_assert_cmpint(g_get_monotonic_time() - start, <, 5000000);
-	g_atomic_int_set(&sim->commands, 1);
+	g_atomic_int_set(&sim->hang_up, 1);
 	sim_stop(sim);
 	g_free(sim);
 	g_free(data);

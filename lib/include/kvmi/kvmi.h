@@ -363,7 +363,7 @@ enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
 					struct kvmi_error *err);
 
 /*
- * Many at a time: up to 32 are on their way at once, in the given order.
+ * Many at a time: a good number is on its way at once, in the given order.
  * Each op gets its status; all are tried unless the connection fails, and
  * those that were not tried then hold that failure.
  * Returns the first failure.

@@ -613,10 +613,10 @@ static void kvmi_bh(void *opaque)
 {
     KVMIObject *s = opaque;
 
-    if (s->deleting) {
-        kvmi_finish_deletion(s);
-    } else {
+    if (!s->deleting) {
         kvmi_update(s);
+    } else if (s->state == KVMI_STATE_UNHOOKED) {
+        kvmi_finish_deletion(s);
     }
 }
 

@@ -2889,7 +2889,11 @@ KVM_ONE_VCPU_TEST(kvmi, event_breakpoint_planted, guest_break)
 	assert_err(enable_bp(0), 0);
 	for (i = 0; i < 5; i++) {
 		assert_guest_runs(vm);
+		/* Emulated hosts may miss code that changes as it runs */
+		assert_err(pause_vcpu(0, 1), 0);
+		get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
 		assert_err(write_physical(gpa, 1, "\xcc"), 0);
+		reply_continue(&ev);
 		get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
 		assert_guest_stands(vm);
 		assert_err(write_physical(gpa, 1, "\x90"), 0);

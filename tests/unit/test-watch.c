@@ -1,0 +1,630 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The program `kvmi watch' against a simulated VM: its vCPUs run a small
+ * program, instruction by instruction, and say so if they find anything but
+ * that program (or a breakpoint event that is answered properly).
+ */
+
+#include <signal.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <glib.h>
+#include <glib/gstdio.h>
+
+#include "sim.h"
+
+#define MEMORY (8 << 20)
+#define VCPUS 2
+
+/* Where the kernel is linked to, where it is, where that is in memory */
+#define LINKED 0xffffffff81000000ULL
+#define MOVED 0x600000ULL
+#define KERNEL (LINKED + MOVED)
+#define KERNEL_GPA 0x200000
+#define STACK 0xffffc90000000000ULL
+#define STACK_GPA 0x10000
+
+#define BANNER 0x1000
+#define STATE 0x2000
+#define ENTRY 0x3000
+#define FUNCTION 0x4000
+
+static const char *tool;
+
+/* The program of the vCPUs: a loop at FUNCTION */
+static const struct {
+	uint8_t length;
+	uint8_t bytes[8];
+} program[] = {
+#define LOOP 0
+	{ 4, { 0xf3, 0x0f, 0x1e, 0xfa } },		/* endbr64 */
+	{ 5, { 0x0f, 0x1f, 0x44, 0x00, 0x00 } },	/* nop */
+#define PUSH 2
+	{ 1, { 0x55 } },				/* push rbp */
+	{ 3, { 0x48, 0x89, 0xe5 } },			/* mov rbp, rsp */
+#define ADD 4
+	{ 4, { 0x48, 0x83, 0xc3, 0x01 } },		/* add rbx, 1 */
+#define TEST 5
+	{ 3, { 0x48, 0x85, 0xdb } },			/* test rbx, rbx */
+#define POP 6
+	{ 1, { 0x5d } },				/* pop rbp */
+#define JUMP 7
+	{ 2, { 0xeb, 0 } },				/* jmp to the start */
+};
+
+enum { PROGRAM = G_N_ELEMENTS(program) };
+
+static uint8_t code[64];
+static unsigned int starts[PROGRAM + 1];
+
+struct fake_vcpu {
+	struct fake *fake;
+	GThread *thread;
+	unsigned int number;
+	struct kvm_regs regs;
+	bool events;		/* BREAKPOINT */
+	unsigned int pauses;
+	uint32_t waiting;	/* event number, 0: none */
+	int action;		/* of its answer, -1: not yet */
+	bool has_new;
+	struct kvm_regs new_regs;
+	unsigned long instructions;
+};
+
+struct fake {
+	struct sim *sim;	/* the connection, NULL: none */
+	GMutex lock;		/* everything, and each instruction */
+	GCond changed;
+	uint8_t *memory;
+	struct fake_vcpu vcpu[VCPUS];
+	bool ending;
+	bool subscribed;	/* UNHOOK */
+};
+
+static void put64(struct fake *fake, uint64_t gpa, uint64_t value)
+{
+	memcpy(fake->memory + gpa, &value, sizeof(value));
+}
+
+static struct fake *fake_new(void)
+{
+	struct fake *fake = g_new0(struct fake, 1);
+	uint32_t running = 3;
+	unsigned int i, at = 0;
+
+	for (i = 0; i < PROGRAM; i++) {
+		starts[i] = at;
+		memcpy(code + at, program[i].bytes, program[i].length);
+		at += program[i].length;
+	}
+	starts[PROGRAM] = at;
+	code[at - 1] = -at;
+
+	fake->memory = g_malloc0(MEMORY);
+	g_mutex_init(&fake->lock);
+	g_cond_init(&fake->changed);
+
+	/* page tables: a large page for the kernel, a small one of stack */
+	put64(fake, 0x1000 + 8 * 511, 0x2003);
+	put64(fake, 0x2000 + 8 * 510, 0x3003);
+	put64(fake, 0x3000 + 8 * (KERNEL >> 21 & 511), KERNEL_GPA | 0x83);
+	put64(fake, 0x1000 + 8 * (STACK >> 39 & 511), 0x4003);
+	put64(fake, 0x4000 + 8 * (STACK >> 30 & 511), 0x5003);
+	put64(fake, 0x5000 + 8 * (STACK >> 21 & 511), 0x6003);
+	put64(fake, 0x6000 + 8 * (STACK >> 12 & 511), STACK_GPA | 3);
+
+	strcpy((char *)fake->memory + KERNEL_GPA + BANNER,
+	       "Linux version 6.12.0-test (nobody@nowhere)\n");
+	memcpy(fake->memory + KERNEL_GPA + STATE, &running, sizeof(running));
+	memcpy(fake->memory + KERNEL_GPA + FUNCTION, code, at);
+
+	for (i = 0; i < VCPUS; i++) {
+		fake->vcpu[i].fake = fake;
+		fake->vcpu[i].number = i;
+		fake->vcpu[i].regs.rip = KERNEL + FUNCTION;
+		fake->vcpu[i].regs.rsp = STACK + 0x400 * (i + 1);
+		fake->vcpu[i].regs.rflags = 0x202;
+	}
+
+	return fake;
+}
+
+static uint64_t to_gpa(uint64_t gva)
+{
+	if (gva >= KERNEL && gva < KERNEL + (2 << 20))
+		return gva - KERNEL + KERNEL_GPA;
+	g_assert_cmphex(gva, >=, STACK);
+	g_assert_cmphex(gva, <, STACK + 4096);
+
+	return gva - STACK + STACK_GPA;
+}
+
+/* With the lock.  Sends an event and waits for its answer. */
+static int event(struct fake_vcpu *v, unsigned int id)
+{
+	struct fake *fake = v->fake;
+	struct kvmi_vcpu_event_breakpoint data = {
+		.gpa = to_gpa(v->regs.rip), .insn_len = 1,
+	};
+
+	fake->sim->regs[v->number] = v->regs;
+	v->action = -1;
+	v->has_new = false;
+	sim_event(fake->sim, v->number, id, &data,
+		  id == KVMI_VCPU_EVENT_BREAKPOINT ? sizeof(data) : 0);
+	v->waiting = fake->sim->seq;
+	/* -2: the connection has ended */
+	while (v->action == -1)
+		g_cond_wait(&fake->changed, &fake->lock);
+	v->waiting = 0;
+	if (v->has_new)
+		v->regs = v->new_regs;
+
+	return v->action;
+}
+
+/* With the lock: what is at RIP, one instruction */
+static void execute(struct fake_vcpu *v)
+{
+	struct kvm_regs *regs = &v->regs;
+	uint64_t offset = regs->rip - KERNEL - FUNCTION;
+	const uint8_t *here;
+	unsigned int i;
+
+	g_assert_cmphex(regs->rip, >=, KERNEL + FUNCTION);
+	g_assert_cmphex(offset, <, starts[PROGRAM]);
+	here = v->fake->memory + to_gpa(regs->rip);
+	for (i = 0; starts[i] < offset; i++)
+		;
+	g_assert_cmpint(starts[i], ==, offset);
+
+	if (*here == 0xcc) {
+		int action;
+
+		/* nobody would tell the tool: the guest would die of this */
+		g_assert_true(v->events);
+		action = event(v, KVMI_VCPU_EVENT_BREAKPOINT);
+		g_assert_cmpint(action, ==, KVMI_EVENT_ACTION_RETRY);
+		return;
+	}
+	/* breakpoints are first bytes; the rest has to be as it was */
+	g_assert_cmpmem(here, program[i].length, code + offset,
+			program[i].length);
+
+	v->instructions++;
+	regs->rip += program[i].length;
+	switch (i) {
+	case PUSH:
+		regs->rsp -= 8;
+		put64(v->fake, to_gpa(regs->rsp), regs->rbp);
+		break;
+	case PUSH + 1:
+		regs->rbp = regs->rsp;
+		break;
+	case ADD:
+		regs->rbx++;
+		break;
+	case POP:
+		g_assert_cmphex(regs->rbp, ==, regs->rsp);
+		memcpy(&regs->rbp, v->fake->memory + to_gpa(regs->rsp), 8);
+		regs->rsp += 8;
+		break;
+	case JUMP:
+		regs->rip = KERNEL + FUNCTION;
+		g_assert_cmphex(regs->rsp, ==, STACK + 0x400 * (v->number + 1));
+		/* interrupts have to be on when nobody steps */
+		g_assert_cmphex(regs->rflags & 0x200, ==, 0x200);
+		break;
+	}
+}
+
+static void *run_vcpu(void *context)
+{
+	struct fake_vcpu *v = context;
+	struct fake *fake = v->fake;
+
+	g_mutex_lock(&fake->lock);
+	while (!fake->ending) {
+		if (v->pauses) {
+			int action;
+
+			v->pauses--;
+			action = event(v, KVMI_VCPU_EVENT_PAUSE);
+			g_assert_cmpint(action, !=, KVMI_EVENT_ACTION_RETRY);
+			continue;
+		}
+		execute(v);
+		g_mutex_unlock(&fake->lock);
+		/* not so fast that the tool has no chance */
+		g_usleep(g_random_int_range(0, 60));
+		g_mutex_lock(&fake->lock);
+	}
+	g_mutex_unlock(&fake->lock);
+
+	return NULL;
+}
+
+static void answer(struct fake *fake, int32_t error, const void *data,
+		   size_t size)
+{
+	sim_answer(fake->sim, fake->sim->last.id, fake->sim->last.seq, error,
+		   data, size);
+}
+
+/* With the lock */
+static void serve(struct fake *fake)
+{
+	struct sim *sim = fake->sim;
+	const uint8_t *body = sim->last_body;
+	struct kvmi_vcpu_hdr header;
+	struct fake_vcpu *v;
+
+	memcpy(&header, body, sizeof(header));
+	v = &fake->vcpu[header.vcpu % VCPUS];
+
+	switch (sim->last.id) {
+	case KVMI_VCPU_EVENT:
+		g_assert_cmpint(sim->last.seq, ==, v->waiting);
+		v->action = body[8];
+		g_cond_broadcast(&fake->changed);
+		return;
+	case KVMI_VM_GET_INFO: {
+		struct kvmi_vm_get_info_reply reply = { VCPUS, { 0 } };
+
+		answer(fake, 0, &reply, sizeof(reply));
+		return;
+	}
+	case KVMI_VM_READ_PHYSICAL:
+	case KVMI_VM_WRITE_PHYSICAL: {
+		struct kvmi_vm_write_physical request;
+		bool write = sim->last.id == KVMI_VM_WRITE_PHYSICAL;
+
+		memcpy(&request, body, sizeof(request));
+		g_assert_cmphex(request.gpa + request.size, <=, MEMORY);
+		if (write)
+			memcpy(fake->memory + request.gpa,
+			       body + sizeof(request), request.size);
+		answer(fake, 0, fake->memory + request.gpa,
+		       write ? 0 : request.size);
+		return;
+	}
+	case KVMI_VM_PAUSE_VCPU: {
+		struct kvmi_vm_pause_vcpu request;
+
+		memcpy(&request, body, sizeof(request));
+		g_assert_cmpint(request.vcpu, <, VCPUS);
+		/* it notices before its next instruction */
+		fake->vcpu[request.vcpu].pauses++;
+		break;
+	}
+	case KVMI_VCPU_GET_REGISTERS: {
+		struct {
+			struct kvmi_vcpu_get_registers_reply reply;
+			struct kvm_msr_entry msr;
+		} both = { .reply.mode = 8 };
+
+		both.reply.regs = v->regs;
+		both.reply.sregs.cr0 = 0x80000011;
+		both.reply.sregs.cr3 = 0x1000;
+		both.reply.msrs.nmsrs = 1;
+		both.msr.data = KERNEL + ENTRY;
+		answer(fake, 0, &both, sizeof(both));
+		return;
+	}
+	case KVMI_VCPU_SET_REGISTERS:
+		if (!v->waiting) {
+			answer(fake, -KVM_EOPNOTSUPP, NULL, 0);
+			return;
+		}
+		memcpy(&v->new_regs, body + 8, sizeof(v->new_regs));
+		v->has_new = true;
+		break;
+	case KVMI_VCPU_CONTROL_EVENTS:
+		g_assert_cmpint(body[8], ==, KVMI_VCPU_EVENT_BREAKPOINT);
+		v->events = body[10];
+		break;
+	case KVMI_VM_CONTROL_EVENTS:
+		fake->subscribed = true;
+		break;
+	default:
+		sim_serve_one(sim);
+		return;
+	}
+	answer(fake, 0, NULL, 0);
+}
+
+/* One connection, from the handshake to its end */
+static void serve_connection(struct sim *sim)
+{
+	struct fake *fake = sim->fake;
+	unsigned int i;
+
+	if (!sim_handshake(sim))
+		return;
+	g_mutex_lock(&fake->lock);
+	fake->sim = sim;
+	g_mutex_unlock(&fake->lock);
+
+	while (sim_receive(sim)) {
+		g_mutex_lock(&fake->lock);
+		serve(fake);
+		g_mutex_unlock(&fake->lock);
+	}
+
+	/* KVM forgets everything about it */
+	g_mutex_lock(&fake->lock);
+	for (i = 0; i < VCPUS; i++) {
+		struct fake_vcpu *v = &fake->vcpu[i];
+
+		v->pauses = 0;
+		v->events = false;
+		if (v->waiting && v->action == -1)
+			v->action = -2;
+	}
+	g_cond_broadcast(&fake->changed);
+	fake->sim = NULL;
+	g_mutex_unlock(&fake->lock);
+}
+
+static void assert_clean(struct fake *fake)
+{
+	g_mutex_lock(&fake->lock);
+	g_assert_cmpmem(fake->memory + KERNEL_GPA + FUNCTION, starts[PROGRAM],
+			code, starts[PROGRAM]);
+	g_mutex_unlock(&fake->lock);
+}
+
+/* All vCPUs go on */
+static void assert_alive(struct fake *fake)
+{
+	unsigned int i;
+
+	for (i = 0; i < VCPUS; i++) {
+		struct fake_vcpu *v = &fake->vcpu[i];
+		unsigned long before;
+		int tries = 20000;
+
+		g_mutex_lock(&fake->lock);
+		before = v->instructions;
+		while (v->instructions < before + 100 && tries--) {
+			g_mutex_unlock(&fake->lock);
+			g_usleep(1000);
+			g_mutex_lock(&fake->lock);
+		}
+		g_mutex_unlock(&fake->lock);
+		g_assert_cmpint(tries, >, 0);
+	}
+}
+
+/* ------------------------------------------------------------------------ */
+
+struct run {
+	struct fake *fake;
+	char *folder, *socket, *map;
+	GPid pid;
+	GIOChannel *output;
+};
+
+static void make_map(const char *path)
+{
+	GString *text = g_string_new("");
+	unsigned int i;
+
+	g_string_append_printf(text, "%llx T _stext\n%llx D linux_banner\n"
+			       "%llx D system_state\n%llx T entry_SYSCALL_64\n"
+			       "%llx t function\n%llx T _etext\n",
+			       LINKED, LINKED + BANNER, LINKED + STATE,
+			       LINKED + ENTRY, LINKED + FUNCTION,
+			       LINKED + 0x100000);
+	for (i = 0; i < 1000; i++)
+		g_string_append_printf(text, "%llx t filler_%u\n",
+				       LINKED + 0x10000 + 16 * i, i);
+	g_assert_true(g_file_set_contents(path, text->str, -1, NULL));
+	g_string_free(text, true);
+}
+
+/* The tool must not outlive a test that fails */
+static void die_with_parent(void *unused)
+{
+	(void)unused;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+}
+
+static void start(struct run *run, const char *const *breaks)
+{
+	GPtrArray *args = g_ptr_array_new();
+	int output;
+	unsigned int i;
+
+	run->fake = fake_new();
+	run->folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	run->socket = g_build_filename(run->folder, "socket", NULL);
+	run->map = g_build_filename(run->folder, "System.map", NULL);
+	make_map(run->map);
+
+	g_ptr_array_add(args, (char *)tool);
+	g_ptr_array_add(args, "watch");
+	g_ptr_array_add(args, "--json");
+	g_ptr_array_add(args, "--socket");
+	g_ptr_array_add(args, run->socket);
+	g_ptr_array_add(args, "--system-map");
+	g_ptr_array_add(args, run->map);
+	for (i = 0; breaks[i]; i++) {
+		g_ptr_array_add(args, "--break");
+		g_ptr_array_add(args, (char *)breaks[i]);
+	}
+	g_ptr_array_add(args, NULL);
+	g_assert_true(g_spawn_async_with_pipes(NULL, (char **)args->pdata, NULL,
+					       G_SPAWN_DO_NOT_REAP_CHILD,
+					       die_with_parent, NULL, &run->pid,
+					       NULL, &output, NULL, NULL));
+	g_ptr_array_free(args, true);
+	run->output = g_io_channel_unix_new(output);
+	g_io_channel_set_encoding(run->output, NULL, NULL);
+
+	for (i = 0; i < VCPUS; i++)
+		run->fake->vcpu[i].thread = g_thread_new("vcpu", run_vcpu,
+							 &run->fake->vcpu[i]);
+}
+
+/* Reads what the tool says up to that event; the number of hits until then */
+static unsigned int expect(struct run *run, const char *event)
+{
+	g_autofree char *wanted = g_strdup_printf("\"event\":\"%s\"", event);
+	unsigned int hits = 0;
+	bool found = false;
+
+	while (!found) {
+		g_autofree char *line = NULL;
+
+		g_assert_cmpint(g_io_channel_read_line(run->output, &line, NULL,
+						       NULL, NULL), ==,
+				G_IO_STATUS_NORMAL);
+		hits += strstr(line, "\"event\":\"hit\"") != NULL;
+		if (strstr(line, "\"event\":\"problem\""))
+			g_test_message("%s", line);
+		found = strstr(line, wanted);
+	}
+
+	return hits;
+}
+
+static struct sim *connect_sim(struct run *run)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+
+	sim->fake = run->fake;
+	sim->script = serve_connection;
+	sim_connect(sim, run->socket);
+
+	return sim;
+}
+
+static void unhook(struct run *run)
+{
+	g_mutex_lock(&run->fake->lock);
+	g_assert_true(run->fake->subscribed);
+	sim_unhook(run->fake->sim);
+	g_mutex_unlock(&run->fake->lock);
+}
+
+static void finish(struct run *run, int status)
+{
+	int wait_status;
+	unsigned int i;
+
+	g_assert_cmpint(waitpid(run->pid, &wait_status, 0), ==, run->pid);
+	g_assert_true(WIFEXITED(wait_status));
+	g_assert_cmpint(WEXITSTATUS(wait_status), ==, status);
+	g_io_channel_unref(run->output);
+
+	assert_alive(run->fake);
+	g_mutex_lock(&run->fake->lock);
+	run->fake->ending = true;
+	g_mutex_unlock(&run->fake->lock);
+	for (i = 0; i < VCPUS; i++)
+		g_thread_join(run->fake->vcpu[i].thread);
+
+	g_unlink(run->map);
+	g_assert_cmpint(g_rmdir(run->folder), ==, 0);	/* no socket is left */
+	g_free(run->folder);
+	g_free(run->socket);
+	g_free(run->map);
+	g_free(run->fake->memory);
+	g_mutex_clear(&run->fake->lock);
+	g_cond_clear(&run->fake->changed);
+	g_free(run->fake);
+}
+
+/* Planted, hit, out at UNHOOK; several times; then Ctrl-C */
+static void watch(const char *const *breaks, unsigned int rounds)
+{
+	struct run run;
+	struct sim *sim;
+	unsigned int i, hits;
+
+	start(&run, breaks);
+	expect(&run, "listening");
+	for (i = 0; i < rounds; i++) {
+		sim = connect_sim(&run);
+		expect(&run, "planted");
+		/* summaries come once a second */
+		hits = expect(&run, "summary");
+		g_assert_cmpint(hits, >, 0);
+		unhook(&run);
+		expect(&run, "clean");
+		sim_stop(sim);		/* it has closed the connection */
+		g_free(sim);
+		assert_clean(run.fake);
+		expect(&run, "closed");
+		assert_alive(run.fake);
+	}
+	sim = connect_sim(&run);
+	expect(&run, "summary");
+	kill(run.pid, i % 2 ? SIGINT : SIGTERM);
+	expect(&run, "clean");
+	sim_stop(sim);
+	g_free(sim);
+	assert_clean(run.fake);
+	finish(&run, 0);
+}
+
+static void test_entry(void)
+{
+	static const char *const breaks[] = { "function", NULL };
+
+	watch(breaks, 2);
+}
+
+static void test_push(void)
+{
+	static const char *const breaks[] = { "function+9", NULL };
+
+	watch(breaks, 1);
+}
+
+/* Each instruction of the program has one: emulated and stepped ones mixed */
+static void test_all(void)
+{
+	static const char *const breaks[] = {
+		"function", "function+4", "function+9", "function+10",
+		"function+13", "function+17", "function+20", "function+21", NULL
+	};
+
+	watch(breaks, 2);
+}
+
+/* Only those that must be stepped: each vCPU is paused all the time */
+static void test_stepped(void)
+{
+	static const char *const breaks[] = {
+		"function+13", "function+17", "function+20", NULL
+	};
+
+	watch(breaks, 2);
+}
+
+int main(int argc, char **argv)
+{
+	g_test_init(&argc, &argv, NULL);
+	if (argc > 1) {
+		tool = argv[1];
+	} else {
+		g_autofree char *self = g_file_read_link("/proc/self/exe", NULL);
+		g_autofree char *folder = g_path_get_dirname(self);
+
+		tool = g_build_filename(folder, "../../tools/kvmi", NULL);
+	}
+	/* a tool that says nothing is waited for without a bound */
+	alarm(110);
+
+	g_test_add_func("/watch/entry", test_entry);
+	g_test_add_func("/watch/push", test_push);
+	g_test_add_func("/watch/stepped", test_stepped);
+	g_test_add_func("/watch/all", test_all);
+
+	return g_test_run();
+}
