@@ -35,6 +35,13 @@ find_build()
     fi
 }
 
+# Is what configure found still there? The cache may have gone.
+sources_there()
+{
+    (. "$B/config.sh" && [ -d "$LINUX_SRC" ] && [ -d "$QEMU_SRC" ] &&
+        [ -d "$KERNEL_HEADERS" ] && [ -d "$KERNEL_IMAGE_ROOT" ])
+}
+
 # Also reads what configure found out
 load_config()
 {
@@ -42,6 +49,7 @@ load_config()
     [ -f "$B/config.sh" ] || die "$B is not configured" "Run ./configure first."
     B=$(cd "$B" && pwd)
     . "$B/config.sh"
+    sources_there || die "the sources are no longer in $CACHE" "Run ./configure again."
     jobs=$(nproc 2>/dev/null || echo 2)
 }
 
@@ -51,9 +59,12 @@ build_all()
 {
     find_build
     if ! [ -f "$B/config.sh" ] || ! [ -f "$B/build.ninja" ] ||
-       ! "$top/scripts/deps" --quiet; then
+       ! sources_there || ! "$top/scripts/deps" --quiet; then
         mkdir -p "$B"
-        (cd "$B" && "$top/configure" --install-deps) || exit 1
+        # Again with the options it had, if this is not the first time
+        _args=$(sed -n "s/^CONFIGURE_ARGS='\(.*\)'$/\1/p" "$B/config.sh" 2>/dev/null) || :
+        # shellcheck disable=SC2086
+        (cd "$B" && "$top/configure" $_args --install-deps) || exit 1
     fi
     B=$(cd "$B" && pwd)
     export KVMI_BUILD="$B"

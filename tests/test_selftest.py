@@ -33,5 +33,7 @@ def kvmi_whole(result):
     """The host, its kernel's log, the program's status, and that each case in the output is known from the source."""
     if result.trouble:
         pytest.fail(f"{result.output}\n{result.trouble}", pytrace=False)
-    if result.status or set(result.cases) != set(selftest.cases()) or not result.cases:
-        pytest.fail(f"status {result.status}, {len(result.cases)} results for {len(selftest.cases())} cases\n{result.output}", pytrace=False)
+    missing, unknown = set(selftest.cases()) - set(result.cases), set(result.cases) - set(selftest.cases())
+    if missing or unknown or not result.cases or result.status:
+        pytest.fail(f"{result.output}\nstatus {result.status}; cases of the source that are not in the output: {sorted(missing)}; "
+                    f"the other way round: {sorted(unknown)}", pytrace=False)

@@ -204,7 +204,7 @@ class Host:
         shutil.copy(need("/usr/lib/ISOLINUX/isolinux.bin", "install the package isolinux"), iso)
         shutil.copy(need("/usr/lib/syslinux/modules/bios/ldlinux.c32", "install the package syslinux-common"), iso)
         (iso / "isolinux.cfg").write_text("default l\nprompt 0\nlabel l\n kernel /linux\n initrd /initrd\n append console=ttyS0,115200 nokaslr "
-                                          f"lpj=1000000 clocksource=tsc lsm= {self.cmdline()}\n")
+                                          f"lpj=1000000 tsc_early_khz=50000 clocksource=tsc lsm= {self.cmdline()}\n")
         subprocess.run(["xorriso", "-as", "mkisofs", "-quiet", "-o", self.dir / "host.iso", "-b", "isolinux.bin", "-c", "boot.cat",
                         "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", iso],
                        check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)

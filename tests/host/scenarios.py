@@ -167,7 +167,7 @@ def watch_counts_hits(g):
         first = g.calls()[0]
         wait_until(lambda: w.pump(0.05) is None or g.calls()[0] > first, 20, "the guest's counter")
         first, mark = g.calls()[0], w.mark()
-        wait_until(lambda: w.pump(0.05) is None or g.calls()[0] >= first + 400, 60, "400 calls in the guest")
+        wait_until(lambda: w.pump(0.05) is None or g.calls()[0] >= first + 200, 60, "200 rounds of the guest's program")
         last, end = g.calls()[0], w.mark()
         hits = [e for e in w.said[mark:end] if e["event"] == "hit"]
         expected = 2 * (last - first)       # two functions a round

@@ -301,17 +301,17 @@ static void serve(struct fake *fake)
 		break;
 	}
 	case KVMI_VCPU_GET_REGISTERS: {
-		struct {
-			struct kvmi_vcpu_get_registers_reply reply;
-			struct kvm_msr_entry msr;
-		} both = { .reply.mode = 8 };
+		struct kvmi_vcpu_get_registers_reply reply = { .mode = 8 };
+		struct kvm_msr_entry msr = { .data = KERNEL + ENTRY };
+		uint8_t both[sizeof(reply) + sizeof(msr)];
 
-		both.reply.regs = v->regs;
-		both.reply.sregs.cr0 = 0x80000011;
-		both.reply.sregs.cr3 = 0x1000;
-		both.reply.msrs.nmsrs = 1;
-		both.msr.data = KERNEL + ENTRY;
-		answer(fake, 0, &both, sizeof(both));
+		reply.regs = v->regs;
+		reply.sregs.cr0 = 0x80000011;
+		reply.sregs.cr3 = 0x1000;
+		reply.msrs.nmsrs = 1;
+		memcpy(both, &reply, sizeof(reply));
+		memcpy(both + sizeof(reply), &msr, sizeof(msr));
+		answer(fake, 0, both, sizeof(both));
 		return;
 	}
 	case KVMI_VCPU_SET_REGISTERS:

@@ -150,6 +150,12 @@ static int kvmi_send_pending_unhook(struct kvm_introspection *kvmi)
 		if (test_and_clear_bit(KVMI_UNHOOK_PENDING, &kvmi->flags))
 			err = kvmi_send_unhook_locked(kvmi);
 		mutex_unlock(&kvmi->send_lock);
+
+		/* There is no room in the socket; the next sender tries again */
+		if (err == -EINTR) {
+			set_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
+			break;
+		}
 		/* As above */
 		smp_mb();
 	}
@@ -160,11 +166,17 @@ static int kvmi_send_pending_unhook(struct kvm_introspection *kvmi)
 /* Never sleeps for the tool: the caller is the device manager's main loop */
 int kvmi_send_unhook(struct kvm_introspection *kvmi)
 {
+	int err;
+
 	if (!kvmi_session_alive(atomic_read(&kvmi->session)))
 		return -ENOTCONN;
 
 	set_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
-	return kvmi_send_pending_unhook(kvmi);
+	err = kvmi_send_pending_unhook(kvmi);
+	if (err)
+		clear_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
+
+	return err;
 }
 
 /*
