@@ -22,3 +22,11 @@ def test_unit(program):
     env = dict(os.environ, LD_LIBRARY_PATH=str(host.BUILD / "lib"))
     r = subprocess.run([program], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, env=env)
     assert r.returncode == 0, f"status {r.returncode}\n{r.stdout.decode(errors='replace')}"
+
+
+@pytest.mark.parametrize("ours, qemus", [("linux/include/uapi/linux/kvmi.h", "qemu/linux-headers/linux/kvmi.h"),
+                                         ("linux/arch/x86/include/uapi/asm/kvmi.h", "qemu/linux-headers/asm-x86/kvmi.h")],
+                         ids=["kvmi.h", "asm-kvmi.h"])
+def test_qemu_has_the_kernels_header(ours, qemus):
+    # QEMU keeps copies of the kernel's headers, as of all others
+    assert (host.TOP / ours).read_bytes() == (host.TOP / qemus).read_bytes(), f"copy {ours} to {qemus}"

@@ -173,6 +173,9 @@ def watch_counts_hits(g):
         expected = 2 * (last - first)       # two functions a round
         print(f"{last - first} rounds of the guest's program, {len(hits)} hits")
         assert 0.6 * expected <= len(hits) <= 1.5 * expected, f"{len(hits)} hits for {expected} calls"
+        # A tool that goes to sleep with hits in its hands stands still until its next summary, and the guest with it.
+        late = sum(b["ts"] - a["ts"] > 600000 for a, b in zip(hits, hits[1:]))
+        assert late * 20 < len(hits), f"{late} of {len(hits)} hits came more than 0.6 s after the one before"
         assert {e["vcpu"] for e in hits} == {0, 1}, "hits on one vCPU only"
         assert {e["symbol"] for e in hits} == set(HOT), "hits of one symbol only"
         w.signal(signal.SIGINT)
