@@ -1686,6 +1686,17 @@ static bool begin(struct session *s)
 	return true;
 }
 
+static bool has_hits(const struct session *s)
+{
+	unsigned int i;
+
+	for (i = 0; i < s->vcpu_count; i++)
+		if (s->vcpus[i].open && s->vcpus[i].open->id == KVMI_EV_BREAKPOINT)
+			return !s->lost;
+
+	return false;
+}
+
 void session_run(struct watch *watch, struct kvmi_vm *vm)
 {
 	struct session s = { .watch = watch, .vm = vm };
@@ -1714,10 +1725,12 @@ void session_run(struct watch *watch, struct kvmi_vm *vm)
 		if (is_stopping(&s))
 			break;
 		handle_hits(&s);
-		/* handling may have queued more */
+		/* handling may have queued more: don't sleep on them */
 		take_events(&s);
 		if (is_stopping(&s))
 			break;
+		if (has_hits(&s))
+			continue;
 
 		now = now_ms();
 		if (wants_to_plant && !s.planted && now >= next_try) {
