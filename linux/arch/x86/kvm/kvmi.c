@@ -9,6 +9,7 @@
 
 #include <linux/kvm_host.h>
 #include <linux/kvmi_host.h>
+#include <asm/text-patching.h>
 
 #include "../../../virt/kvm/introspection/kvmi_int.h"
 #include "cpuid.h"
@@ -166,50 +167,65 @@ int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable)
 /* Returns true if the #BP has been dealt with, and the vCPU runs on */
 bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len)
 {
-	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_vcpu_event_breakpoint data = { .insn_len = insn_len };
 
-	if (!kv || (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP))
+	if (!vcpu->kvmi || (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP))
 		return false;
 
-	kv->ev.bp.rip = kvm_get_linear_rip(vcpu);
-	kv->ev.bp.insn_len = insn_len;
-	if (!kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_BREAKPOINT))
-		kvmi_arch_inject_bp(vcpu);
+	data.gpa = kvmi_arch_translate_gva(vcpu, kvm_get_linear_rip(vcpu));
+	if (!kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_BREAKPOINT, &data,
+			     sizeof(data)))
+		kvm_queue_exception(vcpu, BP_VECTOR);
 
 	return true;
 }
 EXPORT_SYMBOL_GPL(kvmi_handle_bp);
 
-/* Userspace may have moved the vCPU while the event was open */
-bool kvmi_arch_bp_is_current(struct kvm_vcpu *vcpu)
+static int kvmi_bp_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
+			bool abandoned)
 {
-	return kvm_is_linear_rip(vcpu, vcpu->kvmi->ev.bp.rip);
-}
-
-bool kvmi_arch_bp_is_planted(struct kvm_vcpu *vcpu)
-{
-	gpa_t gpa = kvmi_arch_translate_gva(vcpu, vcpu->kvmi->ev.bp.rip);
+	gpa_t gpa;
 	u8 insn;
 
-	return gpa == INVALID_GPA || kvm_vcpu_read_guest(vcpu, gpa, &insn, 1) ||
-	       insn == 0xcc;
-}
+	/* The tool may have taken the INT3 out and gone without an answer */
+	if (abandoned) {
+		gpa = kvmi_arch_translate_gva(vcpu, ev->ip);
+		if (gpa != INVALID_GPA &&
+		    !kvm_vcpu_read_guest(vcpu, gpa, &insn, sizeof(insn)) &&
+		    insn != INT3_INSN_OPCODE)
+			return 1;
+	}
 
-void kvmi_arch_inject_bp(struct kvm_vcpu *vcpu)
-{
 	kvm_queue_exception(vcpu, BP_VECTOR);
+	return 1;
 }
 
-size_t kvmi_arch_get_bp_data(struct kvm_vcpu *vcpu, void *data)
+/* Undoes what a session that has ended has left behind */
+void kvmi_arch_cleanup(struct kvm_vcpu *vcpu)
 {
-	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
-	struct kvmi_vcpu_event_breakpoint *bp = data;
+	if (vcpu->kvmi->intercept_bp)
+		kvmi_arch_control_bp(vcpu, false);
+}
 
-	memset(bp, 0, sizeof(*bp));
-	bp->gpa = kvmi_arch_translate_gva(vcpu, kv->ev.bp.rip);
-	bp->insn_len = kv->ev.bp.insn_len;
+unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu)
+{
+	return kvm_get_linear_rip(vcpu);
+}
 
-	return sizeof(*bp);
+/*
+ * The guest goes on with what it was doing when the event was raised.  rpl is
+ * the data of the reply, or NULL if there will be no reply.  Returns as exit
+ * handlers do.
+ */
+int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
+			 const void *rpl)
+{
+	switch (ev->id) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
+		return kvmi_bp_done(vcpu, ev, !rpl);
+	default:
+		return 1;
+	}
 }
 
 u64 kvmi_arch_tsc_speed(struct kvm_vcpu *vcpu)

@@ -12,10 +12,14 @@
  * the VM and its vCPUs, so that nobody has to ask whether they are there
  * still; all that has to be asked is whether the session is.
  *
- * The receive thread, a thread of the process that hooked the VM, reads the
- * socket.  It carries out the VM commands and queues the vCPU commands and the
- * event replies to the vCPUs, whose threads carry them out on their next pass
- * through KVM_RUN and send the replies themselves.
+ * One thread at a time reads the socket: the thread of a vCPU that waits for an
+ * event's reply, so that the reply finds it without a detour, or, when none
+ * waits, the receive thread, which is a thread of the process that hooked the
+ * VM.  The reader carries out the VM commands and queues the vCPU commands and
+ * the event replies to the vCPUs, whose threads carry them out on their next
+ * pass through KVM_RUN and send the replies themselves.  Nobody sleeps in
+ * reading: KVMI_READABLE says that there is something to read, and whoever
+ * stops reading before it has read all of it wakes another reader.
  *
  * kvm_introspection.session counts: odd while a session is alive, even
  * between two sessions.  What a vCPU did for a session is tagged with its
@@ -25,27 +29,35 @@
  *
  * kvm_introspection.lock (mutex)
  *	HOOK, UNHOOK, and the other ioctls against these two.  Protects
- *	->receiver and the making of ->sock.
+ *	->receiver, ->wqh and the making of ->sock.
+ *
+ * kvm_introspection.recv_lock (mutex)
+ *	The reader of the socket, until it has carried out what it has read.
+ *	Protects ->in, ->in_size and ->out.  UNHOOK takes it to drop ->sock,
+ *	so that nothing happens on behalf of the tool after it.
  *
  * kvm_introspection.send_lock (mutex)
  *	One message at a time on the socket, whole.  UNHOOK takes it to drop
- *	->sock.  Threads that hold it may sleep for as long as the tool
- *	doesn't read, but not after the socket has been shut down, so UNHOOK
- *	shuts down first; PREUNHOOK only tries the lock.
+ *	->sock.  Threads that hold it, or recv_lock, may sleep for as long as
+ *	the tool doesn't read, but not after the socket has been shut down, so
+ *	UNHOOK shuts down first; PREUNHOOK only tries the lock.
  *
  * kvm_vcpu_introspection.lock (spinlock)
  *	The queue of the vCPU, ->pauses, and of ->ev what decides whether a
  *	reply fits.
  *
- * What of kvm_introspection no lock is named for belongs to the receive
- * thread while there is one; what of kvm_vcpu_introspection no lock is named
- * for belongs to the vCPU's thread, i.e. vcpu->mutex protects it.
+ * kvm_introspection.waiters_lock (spinlock, within the socket's wait queue)
+ *	The vCPUs that wait for a reply and will read it.
+ *
+ * What of kvm_vcpu_introspection no lock is named for belongs to the vCPU's
+ * thread, i.e. vcpu->mutex protects it.
  */
 
 #include <linux/kvm_host.h>
 #include <linux/kvmi_host.h>
 #include <linux/mutex.h>
 #include <linux/net.h>
+#include <linux/poll.h>
 #include <linux/spinlock.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
@@ -57,6 +69,9 @@
 /* Most vCPU commands, event replies and pauses that may wait for one vCPU */
 #define KVMI_MAX_JOBS   128
 #define KVMI_MAX_PAUSES 1002
+
+/* What an event says beyond the state of the vCPU */
+#define KVMI_MAX_EVENT_DATA 24
 
 /* A message with its header */
 #define KVMI_MSG_BUF_SIZE (sizeof(struct kvmi_msg_hdr) + KVMI_MAX_MSG_SIZE)
@@ -74,10 +89,18 @@ struct kvmi_out {
 struct kvm_introspection {
 	struct kvm *kvm;
 	struct mutex lock;		/* HOOK, UNHOOK */
+	struct mutex recv_lock;		/* one reader at a time */
 	struct mutex send_lock;		/* one message at a time */
 	struct socket *sock;
 	struct vhost_task *receiver;
 	u8 uuid[16];
+
+	/* Wakes a reader */
+	poll_table pt;
+	wait_queue_entry_t wait;
+	wait_queue_head_t *wqh;
+	spinlock_t waiters_lock;	/* waiters */
+	struct list_head waiters;
 
 	atomic_t session;
 	atomic_t event_seq;
@@ -89,9 +112,10 @@ struct kvm_introspection {
 	unsigned long flags;
 #define KVMI_NO_CLEANUP		0
 #define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
+#define KVMI_READABLE		2	/* the socket should be read */
 
 	void *in;		/* KVMI_MSG_BUF_SIZE bytes */
-	size_t in_size;		/* bytes of the message that have arrived */
+	size_t in_size;		/* bytes that have arrived */
 	struct kvmi_out out;
 };
 
@@ -110,11 +134,10 @@ struct kvmi_event {
 	bool answered;		/* the reply is in the queue */
 	u16 id;
 	u32 seq;
+	unsigned long ip;	/* linear; where the vCPU was */
 
-	struct {
-		unsigned long rip;	/* linear */
-		u8 insn_len;
-	} bp;
+	size_t data_size;
+	u64 data[KVMI_MAX_EVENT_DATA / sizeof(u64)];	/* as it is sent */
 };
 
 struct kvm_vcpu_introspection {
@@ -124,6 +147,7 @@ struct kvm_vcpu_introspection {
 	unsigned int pauses;
 	struct kvmi_event ev;
 	wait_queue_head_t wq;	/* the vCPU's thread waits for jobs */
+	struct list_head waiter;	/* in kvm_introspection.waiters */
 
 	int session;		/* whose the rest is */
 	DECLARE_BITMAP(events, KVMI_NUM_EVENTS);
@@ -150,8 +174,14 @@ void kvmi_out_reply_done(struct kvmi_out *out, const struct kvmi_msg_hdr *hdr,
 int kvmi_out_send(struct kvm_introspection *kvmi, struct kvmi_out *out,
 		  int session);
 int kvmi_send_unhook(struct kvm_introspection *kvmi);
-bool kvmi_receive(void *data);
-void kvmi_receive_killed(void *data);
+bool kvmi_may_receive(struct kvm_introspection *kvmi);
+int kvmi_receive(struct kvm_introspection *kvmi,
+		 const struct kvm_vcpu_introspection *kv);
+void kvmi_receive_pass_on(struct kvm_introspection *kvmi);
+bool kvmi_receiver(void *data);
+void kvmi_receiver_killed(void *data);
+void kvmi_listen(struct kvm_introspection *kvmi);
+void kvmi_stop_listening(struct kvm_introspection *kvmi);
 
 /* vm.c */
 bool kvmi_vm_command_known(u16 id);
@@ -171,7 +201,8 @@ int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait);
 void kvmi_vcpu_drop_queue(struct kvm_vcpu *vcpu);
 void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv);
 bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu);
-bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id);
+bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
+		     size_t size);
 
 /* arch */
 bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu);
@@ -179,10 +210,10 @@ void kvmi_arch_get_event_state(struct kvm_vcpu *vcpu,
 			       struct kvmi_vcpu_event_arch *arch);
 void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
 int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable);
-size_t kvmi_arch_get_bp_data(struct kvm_vcpu *vcpu, void *data);
-bool kvmi_arch_bp_is_current(struct kvm_vcpu *vcpu);
-bool kvmi_arch_bp_is_planted(struct kvm_vcpu *vcpu);
-void kvmi_arch_inject_bp(struct kvm_vcpu *vcpu);
+void kvmi_arch_cleanup(struct kvm_vcpu *vcpu);
+unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu);
+int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
+			 const void *rpl);
 u64 kvmi_arch_tsc_speed(struct kvm_vcpu *vcpu);
 int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
 			    const struct kvmi_vcpu_get_registers *req,

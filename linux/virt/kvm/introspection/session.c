@@ -38,7 +38,10 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 
 	kvmi->kvm = kvm;
 	mutex_init(&kvmi->lock);
+	mutex_init(&kvmi->recv_lock);
 	mutex_init(&kvmi->send_lock);
+	spin_lock_init(&kvmi->waiters_lock);
+	INIT_LIST_HEAD(&kvmi->waiters);
 
 	old = cmpxchg(&kvm->kvmi, NULL, kvmi);
 	if (old) {
@@ -50,8 +53,8 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 }
 
 /*
- * Made when the receive thread first needs it, freed with the vCPU.  There is
- * one receive thread at a time, hence no race to make it.
+ * Made when the reader of the socket first needs it, freed with the vCPU.
+ * There is one reader at a time, hence no race to make it.
  */
 struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 {
@@ -71,6 +74,7 @@ struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 	spin_lock_init(&kv->lock);
 	INIT_LIST_HEAD(&kv->jobs);
 	init_waitqueue_head(&kv->wq);
+	INIT_LIST_HEAD(&kv->waiter);
 
 	/* Pairs with the vCPU's thread, which finds it without a lock */
 	smp_store_release(&vcpu->kvmi, kv);
@@ -121,10 +125,39 @@ static bool kvmi_is_always_allowed(int id)
 	return false;
 }
 
+/* What one session leaves to the next, and the last one to the VM's end */
+static int kvmi_prepare(struct kvm_introspection *kvmi)
+{
+	struct vhost_task *receiver;
+
+	lockdep_assert_held(&kvmi->lock);
+
+	if (!kvmi->in)
+		kvmi->in = kmalloc(KVMI_MSG_BUF_SIZE, GFP_KERNEL_ACCOUNT);
+	if (!kvmi->in)
+		return -ENOMEM;
+	if (!kvmi->out.msg && kvmi_out_init(&kvmi->out))
+		return -ENOMEM;
+	if (kvmi->receiver)
+		return 0;
+
+	/*
+	 * A thread of this process: it sees the memory of the guest, it is
+	 * accounted with the VM and it dies with it.
+	 */
+	receiver = vhost_task_create(kvmi_receiver, kvmi_receiver_killed, kvmi,
+				     "kvmi-recv");
+	if (IS_ERR_OR_NULL(receiver))
+		return -ENOMEM;
+
+	kvmi->receiver = receiver;
+	vhost_task_start(receiver);
+	return 0;
+}
+
 static int __kvmi_hook(struct kvm_introspection *kvmi,
 		       const struct kvm_introspection_hook *hook)
 {
-	struct vhost_task *receiver;
 	struct socket *sock;
 	int err;
 
@@ -141,43 +174,29 @@ static int __kvmi_hook(struct kvm_introspection *kvmi,
 	if (sock->type != SOCK_STREAM)
 		goto out_put_sock;
 
-	err = -ENOMEM;
-	kvmi->in = kmalloc(KVMI_MSG_BUF_SIZE, GFP_KERNEL_ACCOUNT);
-	if (!kvmi->in)
+	err = kvmi_prepare(kvmi);
+	if (err)
 		goto out_put_sock;
-	if (kvmi_out_init(&kvmi->out))
-		goto out_free_in;
-
-	/*
-	 * A thread of this process: it sees the memory of the guest, it is
-	 * accounted with the VM and it dies with it.
-	 */
-	receiver = vhost_task_create(kvmi_receive, kvmi_receive_killed, kvmi,
-				     "kvmi-recv");
-	if (IS_ERR_OR_NULL(receiver))
-		goto out_free_out;
 
 	memcpy(kvmi->uuid, hook->uuid, sizeof(kvmi->uuid));
 	kvmi_reset_allowed_commands(kvmi);
 	bitmap_zero(kvmi->event_allow, KVMI_NUM_EVENTS);
 	bitmap_zero(kvmi->vm_events, KVMI_NUM_EVENTS);
 	kvmi->flags = 0;
-	kvmi->in_size = 0;
 	atomic_set(&kvmi->event_seq, 0);
-	kvmi->receiver = receiver;
 
+	mutex_lock(&kvmi->recv_lock);
 	mutex_lock(&kvmi->send_lock);
 	kvmi->sock = sock;
 	mutex_unlock(&kvmi->send_lock);
+	kvmi->in_size = 0;
+	kvmi->out.size = 0;
+	mutex_unlock(&kvmi->recv_lock);
 
 	atomic_inc(&kvmi->session);
-	vhost_task_start(receiver);
+	kvmi_listen(kvmi);
 	return 0;
 
-out_free_out:
-	kfree(kvmi->out.msg);
-out_free_in:
-	kfree(kvmi->in);
 out_put_sock:
 	sockfd_put(sock);
 	return err;
@@ -216,12 +235,14 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
 	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
 	kernel_sock_shutdown(sock, SHUT_RDWR);
-	vhost_task_stop(kvmi->receiver);
-	kvmi->receiver = NULL;
+	kvmi_stop_listening(kvmi);
 
+	/* Nobody waits for the tool now, so this doesn't either */
+	mutex_lock(&kvmi->recv_lock);
 	mutex_lock(&kvmi->send_lock);
 	kvmi->sock = NULL;
 	mutex_unlock(&kvmi->send_lock);
+	mutex_unlock(&kvmi->recv_lock);
 	sockfd_put(sock);
 
 	/* Nobody fills the queues any more; leave nothing to the next session */
@@ -229,9 +250,6 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 		if (vcpu->kvmi)
 			kvmi_vcpu_drop_queue(vcpu);
 	}
-
-	kfree(kvmi->out.msg);
-	kfree(kvmi->in);
 }
 
 static int kvmi_unhook(struct kvm *kvm)
@@ -250,8 +268,17 @@ static int kvmi_unhook(struct kvm *kvm)
 
 void kvmi_vm_destroy(struct kvm *kvm)
 {
+	struct kvm_introspection *kvmi = kvm->kvmi;
+
+	if (!kvmi)
+		return;
+
 	kvmi_unhook(kvm);
-	kfree(kvm->kvmi);
+	if (kvmi->receiver)
+		vhost_task_stop(kvmi->receiver);
+	kfree(kvmi->out.msg);
+	kfree(kvmi->in);
+	kfree(kvmi);
 	kvm->kvmi = NULL;
 }
 

@@ -3,6 +3,7 @@
  * KVM introspection: the socket to the tool, which is not trusted
  */
 #include <linux/sched.h>
+#include <linux/sched/vhost_task.h>
 #include <linux/slab.h>
 #include <linux/socket.h>
 #include <net/sock.h>
@@ -265,68 +266,214 @@ static int kvmi_dispatch(struct kvm_introspection *kvmi)
 	return 0;
 }
 
-/* Reads what is there of a message, and deals with it once it is complete */
-static int kvmi_read(struct kvm_introspection *kvmi)
+/* Returns -EAGAIN if there is nothing more at the moment */
+static int kvmi_fill(struct kvm_introspection *kvmi)
 {
-	const struct kvmi_msg_hdr *hdr = kvmi->in;
-	size_t want = sizeof(*hdr);
-	struct msghdr msg = {};
-	struct kvec vec;
+	struct msghdr msg = { .msg_flags = MSG_DONTWAIT };
+	struct kvec vec = {
+		.iov_base = kvmi->in + kvmi->in_size,
+		.iov_len = KVMI_MSG_BUF_SIZE - kvmi->in_size,
+	};
 	int ret;
 
-	if (kvmi->in_size >= sizeof(*hdr))
-		want += hdr->size;
-
-	vec.iov_base = kvmi->in + kvmi->in_size;
-	vec.iov_len = want - kvmi->in_size;
-	ret = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len, 0);
+	ret = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len,
+			     MSG_DONTWAIT);
 	if (ret <= 0)
 		return ret ?: -EPIPE;
 
 	kvmi->in_size += ret;
-	if (kvmi->in_size < sizeof(*hdr))
-		return 0;
-	if (hdr->size > KVMI_MAX_MSG_SIZE)
-		return -EPROTO;
-	if (kvmi->in_size < sizeof(*hdr) + hdr->size)
+	return 0;
+}
+
+/* Deals with one message; returns -EAGAIN if there is none, or not all of it */
+static int kvmi_read(struct kvm_introspection *kvmi)
+{
+	const struct kvmi_msg_hdr *hdr = kvmi->in;
+	size_t size;
+	int err;
+
+	for (;;) {
+		size = sizeof(*hdr);
+		if (kvmi->in_size >= size) {
+			if (hdr->size > KVMI_MAX_MSG_SIZE)
+				return -EPROTO;
+			size += hdr->size;
+			if (kvmi->in_size >= size)
+				break;
+		}
+		err = kvmi_fill(kvmi);
+		if (err)
+			return err;
+	}
+
+	err = kvmi_dispatch(kvmi);
+
+	kvmi->in_size -= size;
+	memmove(kvmi->in, kvmi->in + size, kvmi->in_size);
+	return err;
+}
+
+/*
+ * Reads until there is nothing left (-EAGAIN), or, for a vCPU, until it has its
+ * reply and there is more than that (0).
+ */
+static int kvmi_receive_locked(struct kvm_introspection *kvmi,
+			       const struct kvm_vcpu_introspection *kv)
+{
+	int session = atomic_read(&kvmi->session);
+	bool answered;
+	int err;
+
+	lockdep_assert_held(&kvmi->recv_lock);
+
+	if (!kvmi_session_alive(session))
+		return -EAGAIN;
+
+	do {
+		answered = kv && READ_ONCE(kv->ev.answered);
+		err = kvmi_out_send(kvmi, &kvmi->out, session) ?:
+		      kvmi_read(kvmi);
+	} while (!err && !answered);
+
+	if (err && !kvmi_interrupted(err)) {
+		kvmi_session_end(kvmi, session);
+		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+		err = -EAGAIN;
+	}
+
+	return err;
+}
+
+bool kvmi_may_receive(struct kvm_introspection *kvmi)
+{
+	return test_bit(KVMI_READABLE, &kvmi->flags) &&
+	       !mutex_is_locked(&kvmi->recv_lock);
+}
+
+/*
+ * Becomes the reader of the socket if there is none.  A vCPU returns when it
+ * has its reply.  Returns -EINTR if the thread is wanted elsewhere.
+ */
+int kvmi_receive(struct kvm_introspection *kvmi,
+		 const struct kvm_vcpu_introspection *kv)
+{
+	int err = -EAGAIN;
+
+	/* Whoever finds a reader leaves the rest to it, which looks again */
+	while (err == -EAGAIN && test_bit(KVMI_READABLE, &kvmi->flags) &&
+	       mutex_trylock(&kvmi->recv_lock)) {
+		clear_bit(KVMI_READABLE, &kvmi->flags);
+		/* Orders the clearing before the reading */
+		smp_mb__after_atomic();
+
+		err = kvmi_receive_locked(kvmi, kv);
+		if (err != -EAGAIN)
+			set_bit(KVMI_READABLE, &kvmi->flags);
+		mutex_unlock(&kvmi->recv_lock);
+
+		/* Orders the unlock before the test */
+		smp_mb();
+	}
+
+	return err == -EINTR ? err : 0;
+}
+
+/* Wakes the one that shall read: the last vCPU that began to wait */
+void kvmi_receive_pass_on(struct kvm_introspection *kvmi)
+{
+	struct kvm_vcpu_introspection *kv;
+	unsigned long flags;
+
+	if (!test_bit(KVMI_READABLE, &kvmi->flags))
+		return;
+
+	spin_lock_irqsave(&kvmi->waiters_lock, flags);
+	kv = list_first_entry_or_null(&kvmi->waiters,
+				      struct kvm_vcpu_introspection, waiter);
+	if (kv)
+		wake_up(&kv->wq);
+	else
+		vhost_task_wake(kvmi->receiver);
+	spin_unlock_irqrestore(&kvmi->waiters_lock, flags);
+}
+
+/* Something has happened to the socket; called with its wqh's lock held */
+static int kvmi_socket_wake(wait_queue_entry_t *wait, unsigned int mode,
+			    int sync, void *key)
+{
+	struct kvm_introspection *kvmi =
+		container_of(wait, struct kvm_introspection, wait);
+	__poll_t events = key_to_poll(key);
+
+	if (events && !(events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)))
 		return 0;
 
-	kvmi->in_size = 0;
-	return kvmi_dispatch(kvmi);
+	set_bit(KVMI_READABLE, &kvmi->flags);
+	kvmi_receive_pass_on(kvmi);
+	return 0;
+}
+
+static void kvmi_socket_queue_proc(struct file *file, wait_queue_head_t *wqh,
+				   poll_table *pt)
+{
+	struct kvm_introspection *kvmi =
+		container_of(pt, struct kvm_introspection, pt);
+
+	if (WARN_ON_ONCE(kvmi->wqh))
+		return;
+
+	kvmi->wqh = wqh;
+	add_wait_queue(wqh, &kvmi->wait);
+}
+
+void kvmi_listen(struct kvm_introspection *kvmi)
+{
+	lockdep_assert_held(&kvmi->lock);
+
+	init_waitqueue_func_entry(&kvmi->wait, kvmi_socket_wake);
+	init_poll_funcptr(&kvmi->pt, kvmi_socket_queue_proc);
+	vfs_poll(kvmi->sock->file, &kvmi->pt);
+
+	/* There may be something already */
+	set_bit(KVMI_READABLE, &kvmi->flags);
+	kvmi_receive_pass_on(kvmi);
+}
+
+void kvmi_stop_listening(struct kvm_introspection *kvmi)
+{
+	lockdep_assert_held(&kvmi->lock);
+
+	if (kvmi->wqh)
+		remove_wait_queue(kvmi->wqh, &kvmi->wait);
+	kvmi->wqh = NULL;
 }
 
 /*
  * Called again and again by the receive thread, which sleeps when this
- * returns false and sees to its signals (to be stopped, frozen or killed with
- * its process) in between.
+ * returns false and sees to its signals (to be frozen or killed with its
+ * process) in between.
  */
-bool kvmi_receive(void *data)
+bool kvmi_receiver(void *data)
 {
 	struct kvm_introspection *kvmi = data;
-	int session = atomic_read(&kvmi->session);
-	int err;
 
-	if (!kvmi_session_alive(session))
+	if (!kvmi_may_receive(kvmi))
 		return false;
 
 	__set_current_state(TASK_RUNNING);
-
-	err = kvmi_out_send(kvmi, &kvmi->out, session);
-	if (!err)
-		err = kvmi_read(kvmi);
-	if (err && !kvmi_interrupted(err)) {
-		kvmi_session_end(kvmi, session);
-		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
-	}
-
+	kvmi_receive(kvmi, NULL);
 	return true;
 }
 
 /* The process dies; the receive thread is the first to know */
-void kvmi_receive_killed(void *data)
+void kvmi_receiver_killed(void *data)
 {
 	struct kvm_introspection *kvmi = data;
 
 	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
-	kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+
+	mutex_lock(&kvmi->send_lock);
+	if (kvmi->sock)
+		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+	mutex_unlock(&kvmi->send_lock);
 }

@@ -16,6 +16,10 @@ void kvmi_vcpu_wake(struct kvm_vcpu *vcpu)
 	if (!kv)
 		return;
 
+	/* It is reading the socket, and looks at its queue next */
+	if (vcpu == kvm_get_running_vcpu())
+		return;
+
 	/* It looks before it goes on if it waits for the tool already */
 	if (wq_has_sleeper(&kv->wq)) {
 		wake_up(&kv->wq);
@@ -74,17 +78,30 @@ int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
 	return 0;
 }
 
-static unsigned int kvmi_event_actions(u16 id)
+#define CONTINUE BIT(KVMI_EVENT_ACTION_CONTINUE)
+#define RETRY    BIT(KVMI_EVENT_ACTION_RETRY)
+#define CRASH    BIT(KVMI_EVENT_ACTION_CRASH)
+
+struct kvmi_event_type {
+	u8 actions;		/* 0: there is no such event */
+	u8 reply_size;		/* what follows kvmi_vcpu_event_reply */
+	bool commanded;		/* made by a command, not by CONTROL_EVENTS */
+};
+
+static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
+	[KVMI_VCPU_EVENT_PAUSE] = {
+		.actions = CONTINUE | CRASH,
+		.commanded = true,
+	},
+	[KVMI_VCPU_EVENT_BREAKPOINT] = {
+		.actions = CONTINUE | RETRY | CRASH,
+	},
+};
+
+bool kvmi_vcpu_event_known(u16 id)
 {
-	switch (id) {
-	case KVMI_VCPU_EVENT_BREAKPOINT:
-		return BIT(KVMI_EVENT_ACTION_CONTINUE) |
-		       BIT(KVMI_EVENT_ACTION_RETRY) |
-		       BIT(KVMI_EVENT_ACTION_CRASH);
-	default:
-		return BIT(KVMI_EVENT_ACTION_CONTINUE) |
-		       BIT(KVMI_EVENT_ACTION_CRASH);
-	}
+	return id < ARRAY_SIZE(kvmi_event_types) &&
+	       kvmi_event_types[id].actions;
 }
 
 /*
@@ -97,11 +114,12 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 	const struct kvmi_vcpu_event_reply *rpl =
 		body + sizeof(struct kvmi_vcpu_hdr);
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	const struct kvmi_event_type *type;
 	struct kvmi_event *ev = &kv->ev;
 	struct kvmi_job *job;
 	int err = 0;
 
-	if (hdr->size != sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl))
+	if (hdr->size < sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl))
 		return -EPROTO;
 	if (rpl->padding1 || rpl->padding2)
 		return -EPROTO;
@@ -112,9 +130,12 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 		return -EPROTO;
 
 	spin_lock(&kv->lock);
+	type = &kvmi_event_types[ev->id];
 	if (!ev->open || !ev->sent || ev->answered || ev->seq != hdr->seq ||
+	    hdr->size != sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl) +
+			 type->reply_size ||
 	    rpl->action > KVMI_EVENT_ACTION_CRASH ||
-	    !(kvmi_event_actions(ev->id) & BIT(rpl->action))) {
+	    !(type->actions & BIT(rpl->action))) {
 		err = -EPROTO;
 	} else {
 		ev->answered = true;
@@ -319,30 +340,45 @@ bool kvmi_vcpu_command_known(u16 id)
 	return id < ARRAY_SIZE(kvmi_vcpu_cmds) && kvmi_vcpu_cmds[id].handler;
 }
 
-bool kvmi_vcpu_event_known(u16 id)
-{
-	return id == KVMI_VCPU_EVENT_PAUSE || id == KVMI_VCPU_EVENT_BREAKPOINT;
-}
-
-/* What the tool left open goes the way it goes without a tool */
-static void kvmi_event_abandon(struct kvm_vcpu *vcpu)
+/*
+ * Lets go of the open event.  rpl is NULL if the tool has gone without an
+ * answer: what the vCPU wanted to do then goes the way it goes without a tool.
+ * Returns 0 if the vCPU must leave to userspace, 1 if it goes on.
+ */
+static int kvmi_event_close(struct kvm_vcpu *vcpu,
+			    const struct kvmi_vcpu_event_reply *rpl)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_event ev = kv->ev;
+	bool moved;
 
-	/* The tool may have taken the INT3 out and gone without an answer */
-	if (kv->ev.open && kv->ev.id == KVMI_VCPU_EVENT_BREAKPOINT &&
-	    kvmi_arch_bp_is_current(vcpu) && kvmi_arch_bp_is_planted(vcpu))
-		kvmi_arch_inject_bp(vcpu);
+	/* Userspace may have moved the vCPU while the event was open */
+	moved = kvmi_arch_linear_ip(vcpu) != ev.ip;
+
+	if (rpl && kv->regs_pending)
+		kvmi_arch_set_regs(vcpu, &kv->regs);
+	kv->regs_pending = false;
 
 	spin_lock(&kv->lock);
 	kv->ev.open = false;
 	kv->ev.answered = false;
 	spin_unlock(&kv->lock);
-	kv->regs_pending = false;
+
+	if (rpl && rpl->action == KVMI_EVENT_ACTION_CRASH) {
+		vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
+		vcpu->run->system_event.type = KVM_SYSTEM_EVENT_CRASH;
+		vcpu->run->system_event.ndata = 0;
+		return 0;
+	}
+
+	if (moved || (rpl && rpl->action == KVMI_EVENT_ACTION_RETRY))
+		return 1;
+
+	return kvmi_arch_event_done(vcpu, &ev, rpl ? rpl + 1 : NULL);
 }
 
 /* Puts away what belongs to a session that has ended */
-static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
+static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 {
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
@@ -350,18 +386,19 @@ static void kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	int session = atomic_read_acquire(&kvmi->session);
 
 	if (kv->session == session)
-		return;
+		return 1;
 
 	/* Its last word is still in the queue */
 	if (READ_ONCE(kv->ev.answered))
-		return;
+		return 1;
 
+	kv->session = session;
 	kv->out.size = 0;
 	bitmap_zero(kv->events, KVMI_NUM_EVENTS);
-	if (kv->intercept_bp && !test_bit(KVMI_NO_CLEANUP, &kvmi->flags))
-		kvmi_arch_control_bp(vcpu, false);
-	kvmi_event_abandon(vcpu);
-	kv->session = session;
+	if (!test_bit(KVMI_NO_CLEANUP, &kvmi->flags))
+		kvmi_arch_cleanup(vcpu);
+
+	return kv->ev.open ? kvmi_event_close(vcpu, NULL) : 1;
 }
 
 /* Has it been told something by the session that is alive? */
@@ -378,16 +415,21 @@ bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu)
  * false if it does not; else the vCPU's next pass through the run loop sends
  * the event and waits for the reply.
  */
-bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id)
+bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
+		     size_t size)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 
 	if (!kvmi_vcpu_in_session(vcpu))
 		return false;
-	if (id != KVMI_VCPU_EVENT_PAUSE && !test_bit(id, kv->events))
+	if (!kvmi_event_types[id].commanded && !test_bit(id, kv->events))
 		return false;
-	if (WARN_ON_ONCE(kv->ev.open))
+	if (WARN_ON_ONCE(kv->ev.open || size > sizeof(kv->ev.data)))
 		return false;
+
+	kv->ev.ip = kvmi_arch_linear_ip(vcpu);
+	kv->ev.data_size = size;
+	memcpy(kv->ev.data, data, size);
 
 	spin_lock(&kv->lock);
 	kv->ev.id = id;
@@ -398,16 +440,6 @@ bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id)
 
 	kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
 	return true;
-}
-
-static size_t kvmi_event_data(struct kvm_vcpu *vcpu, u16 id, void *data)
-{
-	switch (id) {
-	case KVMI_VCPU_EVENT_BREAKPOINT:
-		return kvmi_arch_get_bp_data(vcpu, data);
-	default:
-		return 0;
-	}
 }
 
 static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
@@ -428,8 +460,9 @@ static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
 	msg->common.vcpu = vcpu->vcpu_idx;
 	kvmi_arch_get_event_state(vcpu, &msg->common.arch);
 
-	kv->out.size = sizeof(*msg) + kvmi_event_data(vcpu, kv->ev.id,
-						      msg->data);
+	memcpy(msg->data, kv->ev.data, kv->ev.data_size);
+
+	kv->out.size = sizeof(*msg) + kv->ev.data_size;
 	msg->hdr.id = KVMI_VCPU_EVENT;
 	msg->hdr.seq = seq;
 	msg->hdr.size = kv->out.size - sizeof(msg->hdr);
@@ -439,39 +472,6 @@ static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
 	kv->ev.seq = seq;
 	kv->ev.sent = true;
 	spin_unlock(&kv->lock);
-}
-
-/* Returns 0 if the vCPU must leave to userspace, 1 if it goes on */
-static int kvmi_event_finish(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
-{
-	const struct kvmi_vcpu_event_reply *rpl =
-		(void *)job->body + sizeof(struct kvmi_vcpu_hdr);
-	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
-	bool inject_bp;
-
-	inject_bp = kv->ev.id == KVMI_VCPU_EVENT_BREAKPOINT &&
-		    rpl->action == KVMI_EVENT_ACTION_CONTINUE &&
-		    kvmi_arch_bp_is_current(vcpu);
-
-	if (kv->regs_pending)
-		kvmi_arch_set_regs(vcpu, &kv->regs);
-	kv->regs_pending = false;
-
-	if (inject_bp)
-		kvmi_arch_inject_bp(vcpu);
-
-	spin_lock(&kv->lock);
-	kv->ev.open = false;
-	kv->ev.answered = false;
-	spin_unlock(&kv->lock);
-
-	if (rpl->action != KVMI_EVENT_ACTION_CRASH)
-		return 1;
-
-	vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
-	vcpu->run->system_event.type = KVM_SYSTEM_EVENT_CRASH;
-	vcpu->run->system_event.ndata = 0;
-	return 0;
 }
 
 static void kvmi_run_command(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
@@ -527,10 +527,24 @@ static int kvmi_vcpu_wait(struct kvm_vcpu *vcpu)
 	int err;
 
 	kvm_vcpu_srcu_read_unlock(vcpu);
+
+	spin_lock_irq(&kvmi->waiters_lock);
+	list_add(&kv->waiter, &kvmi->waiters);
+	spin_unlock_irq(&kvmi->waiters_lock);
+
 	err = wait_event_interruptible(kv->wq,
 				       !list_empty_careful(&kv->jobs) ||
 				       atomic_read(&kvmi->session) !=
-				       kv->session);
+				       kv->session ||
+				       kvmi_may_receive(kvmi));
+	if (!err)
+		err = kvmi_receive(kvmi, kv);
+
+	spin_lock_irq(&kvmi->waiters_lock);
+	list_del(&kv->waiter);
+	spin_unlock_irq(&kvmi->waiters_lock);
+	kvmi_receive_pass_on(kvmi);
+
 	kvm_vcpu_srcu_read_lock(vcpu);
 
 	return err ? -EINTR : 0;
@@ -559,7 +573,9 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	struct kvmi_job *job;
 	int err;
 
-	kvmi_vcpu_follow_session(vcpu);
+	*r = kvmi_vcpu_follow_session(vcpu);
+	if (*r <= 0)
+		return 1;
 
 	if (!kvmi_session_alive(kv->session)) {
 		kvmi_vcpu_drop_queue(vcpu);
@@ -577,7 +593,8 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	job = kvmi_next_job(kv);
 	if (job) {
 		if (job->hdr.id == KVMI_VCPU_EVENT)
-			*r = kvmi_event_finish(vcpu, job);
+			*r = kvmi_event_close(vcpu, (void *)job->body +
+					      sizeof(struct kvmi_vcpu_hdr));
 		else
 			kvmi_run_command(vcpu, job);
 		kfree(job);
@@ -590,7 +607,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	}
 
 	if (kvmi_take_pause(kv)) {
-		kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PAUSE);
+		kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
 		return 1;
 	}
 
