@@ -137,7 +137,7 @@ bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 
-	return kv && kv->intercept_bp;
+	return kv && kv->arch.intercept_bp;
 }
 EXPORT_SYMBOL_GPL(kvmi_intercepts_bp);
 
@@ -156,8 +156,8 @@ int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable)
 	if (enable && (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP))
 		return -KVM_EBUSY;
 
-	if (vcpu->kvmi->intercept_bp != enable) {
-		vcpu->kvmi->intercept_bp = enable;
+	if (vcpu->kvmi->arch.intercept_bp != enable) {
+		vcpu->kvmi->arch.intercept_bp = enable;
 		kvm_x86_call(update_exception_bitmap)(vcpu);
 	}
 
@@ -203,7 +203,7 @@ static int kvmi_bp_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 /* Undoes what a session that has ended has left behind */
 void kvmi_arch_cleanup(struct kvm_vcpu *vcpu)
 {
-	if (vcpu->kvmi->intercept_bp)
+	if (vcpu->kvmi->arch.intercept_bp)
 		kvmi_arch_control_bp(vcpu, false);
 }
 

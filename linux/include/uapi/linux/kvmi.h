@@ -229,6 +229,49 @@ struct kvmi_vcpu_control_events {
 	__u32 padding2;
 };
 
+/*
+ * KVMI_VM_SET_PAGE_ACCESS: what the guest may do without notice with the page
+ * at gpa (the offset in the page is ignored)
+ */
+#define KVMI_PAGE_ACCESS_R (1 << 0)
+#define KVMI_PAGE_ACCESS_W (1 << 1)
+#define KVMI_PAGE_ACCESS_X (1 << 2)
+
+struct kvmi_page_access_entry {
+	__u64 gpa;
+	__u8 access;		/* KVMI_PAGE_ACCESS_* */
+	__u8 padding[7];
+};
+
+struct kvmi_vm_set_page_access {
+	__u16 count;
+	__u16 padding1;
+	__u32 padding2;
+	struct kvmi_page_access_entry entries[];
+};
+
+/* KVMI_VCPU_CONTROL_SINGLESTEP */
+struct kvmi_vcpu_control_singlestep {
+	__u8 enable;
+	__u8 padding[7];
+};
+
+/* KVMI_VCPU_EVENT_SINGLESTEP */
+struct kvmi_vcpu_event_singlestep {
+	__u8 failed;
+	__u8 padding[7];
+};
+
+/* KVMI_VCPU_EVENT_PF */
+struct kvmi_vcpu_event_pf {
+	__u64 gva;		/* all ones: not known */
+	__u64 gpa;
+	__u8 access;		/* the one KVMI_PAGE_ACCESS_* that is needed */
+	__u8 padding1;
+	__u16 padding2;
+	__u32 padding3;
+};
+
 /* KVMI_VCPU_TRANSLATE_GVA */
 struct kvmi_vcpu_translate_gva {
 	__u64 gva;

@@ -61,6 +61,7 @@
 #include <linux/spinlock.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
+#include <asm/kvmi_host.h>
 #include <uapi/linux/kvmi.h>
 
 #define KVMI_NUM_COMMANDS KVMI_NEXT_VCPU_MESSAGE
@@ -151,10 +152,10 @@ struct kvm_vcpu_introspection {
 
 	int session;		/* whose the rest is */
 	DECLARE_BITMAP(events, KVMI_NUM_EVENTS);
-	bool intercept_bp;
 	bool regs_pending;
 	struct kvm_regs regs;	/* to be set when the event is answered */
 	struct kvmi_out out;
+	struct kvmi_vcpu_arch arch;
 };
 
 static inline bool kvmi_session_alive(int session)

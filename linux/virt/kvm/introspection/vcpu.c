@@ -96,6 +96,9 @@ static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
 	[KVMI_VCPU_EVENT_BREAKPOINT] = {
 		.actions = CONTINUE | RETRY | CRASH,
 	},
+	/* [exits] */
+	/* [step] */
+	/* [mmu] */
 };
 
 bool kvmi_vcpu_event_known(u16 id)
@@ -333,6 +336,9 @@ static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
 		      sizeof(struct kvm_regs)),
 	KVMI_VCPU_CMD(KVMI_VCPU_TRANSLATE_GVA, kvmi_vcpu_translate_gva,
 		      sizeof(struct kvmi_vcpu_translate_gva)),
+	/* [exits] */
+
+	/* [step] */
 };
 
 bool kvmi_vcpu_command_known(u16 id)

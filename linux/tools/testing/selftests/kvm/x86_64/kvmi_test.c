@@ -3408,6 +3408,12 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 	stop_guest(&r);
 }
 
+/* Intercepted instructions */
+
+/* Single-step and injected exceptions */
+
+/* Page access */
+
 /* The module parameter is off */
 
 FIXTURE(kvmi_off) {
