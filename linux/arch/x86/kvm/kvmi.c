@@ -223,6 +223,8 @@ int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 	switch (ev->id) {
 	case KVMI_VCPU_EVENT_BREAKPOINT:
 		return kvmi_bp_done(vcpu, ev, !rpl);
+	case KVMI_VCPU_EVENT_PF:
+		return kvmi_pf_done(vcpu, ev, !rpl);
 	default:
 		return 1;
 	}

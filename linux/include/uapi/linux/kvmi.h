@@ -42,6 +42,10 @@ enum {
 	KVMI_VM_CONTROL_CLEANUP    = KVMI_VM_MESSAGE_ID(9),
 	KVMI_VM_SET_PAGE_ACCESS    = KVMI_VM_MESSAGE_ID(10),
 
+	/* Not in version 12; announced in kvmi_features */
+	KVMI_VM_GET_PAGE_ACCESS    = KVMI_VM_MESSAGE_ID(16),
+	KVMI_VM_GET_MAX_GFN        = KVMI_VM_MESSAGE_ID(17),
+
 	KVMI_NEXT_VM_MESSAGE
 };
 
@@ -153,7 +157,9 @@ struct kvmi_vcpu_event_reply {
 /* KVMI_GET_VERSION */
 struct kvmi_features {
 	__u8 singlestep;
-	__u8 padding[7];
+	__u8 get_page_access;	/* KVMI_VM_GET_PAGE_ACCESS */
+	__u8 get_max_gfn;	/* KVMI_VM_GET_MAX_GFN */
+	__u8 padding[5];
 };
 
 struct kvmi_get_version_reply {
@@ -262,12 +268,34 @@ struct kvmi_vcpu_event_singlestep {
 	__u8 padding[7];
 };
 
-/* KVMI_VCPU_EVENT_PF */
+/* KVMI_VM_GET_PAGE_ACCESS */
+struct kvmi_vm_get_page_access {
+	__u64 gpa;
+};
+
+struct kvmi_vm_get_page_access_reply {
+	__u8 access;		/* KVMI_PAGE_ACCESS_* */
+	__u8 padding[7];
+};
+
+/* KVMI_VM_GET_MAX_GFN */
+struct kvmi_vm_get_max_gfn_reply {
+	__u64 gfn;		/* the highest that has memory */
+};
+
+/*
+ * KVMI_VCPU_EVENT_PF
+ *
+ * KVMI_PF_NOT_EMULATED: KVM can't do this access for the guest.  To continue
+ * takes the restriction off the page.
+ */
+#define KVMI_PF_NOT_EMULATED (1 << 0)
+
 struct kvmi_vcpu_event_pf {
 	__u64 gva;		/* all ones: not known */
 	__u64 gpa;
 	__u8 access;		/* the one KVMI_PAGE_ACCESS_* that is needed */
-	__u8 padding1;
+	__u8 flags;		/* KVMI_PF_* */
 	__u16 padding2;
 	__u32 padding3;
 };

@@ -61,10 +61,11 @@
 #include <linux/spinlock.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
+#include <linux/xarray.h>
 #include <asm/kvmi_host.h>
 #include <uapi/linux/kvmi.h>
 
-#define KVMI_NUM_COMMANDS KVMI_NEXT_VCPU_MESSAGE
+#define KVMI_NUM_COMMANDS KVMI_NEXT_VM_MESSAGE
 #define KVMI_NUM_EVENTS   KVMI_NEXT_VCPU_EVENT
 
 /* Most vCPU commands, event replies and pauses that may wait for one vCPU */
@@ -110,6 +111,7 @@ struct kvm_introspection {
 	DECLARE_BITMAP(cmd_allow, KVMI_NUM_COMMANDS);
 	DECLARE_BITMAP(event_allow, KVMI_NUM_EVENTS);
 	DECLARE_BITMAP(vm_events, KVMI_NUM_EVENTS);
+	struct xarray page_access;	/* see kvmi_mmu.c */
 	unsigned long flags;
 #define KVMI_NO_CLEANUP		0
 #define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
@@ -215,6 +217,14 @@ void kvmi_arch_cleanup(struct kvm_vcpu *vcpu);
 unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu);
 int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 			 const void *rpl);
+int kvmi_arch_set_page_access(struct kvm_introspection *kvmi,
+			      const struct kvmi_page_access_entry *entries,
+			      unsigned int count);
+u8 kvmi_arch_get_page_access(struct kvm_introspection *kvmi, gfn_t gfn);
+
+/* x86 */
+int kvmi_pf_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
+		 bool abandoned);
 u64 kvmi_arch_tsc_speed(struct kvm_vcpu *vcpu);
 int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
 			    const struct kvmi_vcpu_get_registers *req,

@@ -42,6 +42,7 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 	mutex_init(&kvmi->send_lock);
 	spin_lock_init(&kvmi->waiters_lock);
 	INIT_LIST_HEAD(&kvmi->waiters);
+	xa_init(&kvmi->page_access);
 
 	old = cmpxchg(&kvm->kvmi, NULL, kvmi);
 	if (old) {
@@ -52,13 +53,10 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 	return kvmi;
 }
 
-/*
- * Made when the reader of the socket first needs it, freed with the vCPU.
- * There is one reader at a time, hence no race to make it.
- */
+/* Made when first needed, freed with the vCPU */
 struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 {
-	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvm_vcpu_introspection *kv = READ_ONCE(vcpu->kvmi), *old;
 
 	if (kv)
 		return kv;
@@ -76,8 +74,13 @@ struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 	init_waitqueue_head(&kv->wq);
 	INIT_LIST_HEAD(&kv->waiter);
 
-	/* Pairs with the vCPU's thread, which finds it without a lock */
-	smp_store_release(&vcpu->kvmi, kv);
+	/* The vCPU's thread and the reader of the socket may both need it */
+	old = cmpxchg(&vcpu->kvmi, NULL, kv);
+	if (old) {
+		kvmi_vcpu_free(kv);
+		kv = old;
+	}
+
 	return kv;
 }
 
@@ -244,6 +247,9 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 	mutex_unlock(&kvmi->send_lock);
 	mutex_unlock(&kvmi->recv_lock);
 	sockfd_put(sock);
+
+	/* Without a session nothing was restricted; see kvmi_page_access() */
+	xa_destroy(&kvmi->page_access);
 
 	/* Nobody fills the queues any more; leave nothing to the next session */
 	kvm_for_each_vcpu(i, vcpu, kvmi->kvm) {

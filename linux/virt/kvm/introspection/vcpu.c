@@ -98,7 +98,9 @@ static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
 	},
 	/* [exits] */
 	/* [step] */
-	/* [mmu] */
+	[KVMI_VCPU_EVENT_PF] = {
+		.actions = CONTINUE | RETRY | CRASH,
+	},
 };
 
 bool kvmi_vcpu_event_known(u16 id)

@@ -25,6 +25,8 @@ static int kvmi_get_version(struct kvm_introspection *kvmi, const void *req,
 	memset(rpl, 0, sizeof(*rpl));
 	rpl->version = KVMI_VERSION;
 	rpl->max_msg_size = KVMI_MAX_MSG_SIZE;
+	rpl->features.get_page_access = 1;
+	rpl->features.get_max_gfn = 1;
 
 	*rpl_size = sizeof(*rpl);
 	return 0;
@@ -214,6 +216,64 @@ static int kvmi_vm_control_cleanup(struct kvm_introspection *kvmi,
 	return 0;
 }
 
+static int kvmi_vm_set_page_access(struct kvm_introspection *kvmi,
+				   const void *_req, size_t req_size,
+				   void *rpl, size_t *rpl_size)
+{
+	const struct kvmi_vm_set_page_access *req = _req;
+
+	if (req->padding1 || req->padding2)
+		return -KVM_EINVAL;
+	if (req_size < struct_size(req, entries, req->count))
+		return -KVM_EINVAL;
+
+	return kvmi_arch_set_page_access(kvmi, req->entries, req->count);
+}
+
+static int kvmi_vm_get_page_access(struct kvm_introspection *kvmi,
+				   const void *_req, size_t req_size,
+				   void *_rpl, size_t *rpl_size)
+{
+	const struct kvmi_vm_get_page_access *req = _req;
+	struct kvmi_vm_get_page_access_reply *rpl = _rpl;
+	gfn_t gfn = gpa_to_gfn(req->gpa);
+	bool visible;
+	int idx;
+
+	idx = srcu_read_lock(&kvmi->kvm->srcu);
+	visible = kvm_is_visible_gfn(kvmi->kvm, gfn);
+	srcu_read_unlock(&kvmi->kvm->srcu, idx);
+	if (!visible)
+		return -KVM_ENOENT;
+
+	memset(rpl, 0, sizeof(*rpl));
+	rpl->access = kvmi_arch_get_page_access(kvmi, gfn);
+
+	*rpl_size = sizeof(*rpl);
+	return 0;
+}
+
+static int kvmi_vm_get_max_gfn(struct kvm_introspection *kvmi, const void *req,
+			       size_t req_size, void *_rpl, size_t *rpl_size)
+{
+	struct kvmi_vm_get_max_gfn_reply *rpl = _rpl;
+	struct kvm_memory_slot *slot;
+	int idx, bkt;
+
+	rpl->gfn = 0;
+
+	idx = srcu_read_lock(&kvmi->kvm->srcu);
+	kvm_for_each_memslot(slot, bkt, kvm_memslots(kvmi->kvm)) {
+		if (kvm_is_visible_memslot(slot))
+			rpl->gfn = max_t(gfn_t, rpl->gfn,
+					 slot->base_gfn + slot->npages - 1);
+	}
+	srcu_read_unlock(&kvmi->kvm->srcu, idx);
+
+	*rpl_size = sizeof(*rpl);
+	return 0;
+}
+
 #define KVMI_VM_CMD(_id, _handler, _size) \
 	[_id] = { .handler = (_handler), .min_size = (_size) }
 
@@ -234,6 +294,11 @@ static const struct kvmi_vm_cmd kvmi_vm_cmds[] = {
 		    sizeof(struct kvmi_vm_pause_vcpu)),
 	KVMI_VM_CMD(KVMI_VM_CONTROL_CLEANUP, kvmi_vm_control_cleanup,
 		    sizeof(struct kvmi_vm_control_cleanup)),
+	KVMI_VM_CMD(KVMI_VM_SET_PAGE_ACCESS, kvmi_vm_set_page_access,
+		    sizeof(struct kvmi_vm_set_page_access)),
+	KVMI_VM_CMD(KVMI_VM_GET_PAGE_ACCESS, kvmi_vm_get_page_access,
+		    sizeof(struct kvmi_vm_get_page_access)),
+	KVMI_VM_CMD(KVMI_VM_GET_MAX_GFN, kvmi_vm_get_max_gfn, 0),
 };
 
 bool kvmi_vm_command_known(u16 id)

@@ -48,7 +48,8 @@ static const u16 unknown_commands[] = {
 /* Commands that need permission */
 static const u16 vm_commands[] = {
 	KVMI_VM_GET_INFO, KVMI_VM_CONTROL_EVENTS, KVMI_VM_READ_PHYSICAL,
-	KVMI_VM_WRITE_PHYSICAL, KVMI_VM_PAUSE_VCPU, KVMI_VM_CONTROL_CLEANUP
+	KVMI_VM_WRITE_PHYSICAL, KVMI_VM_PAUSE_VCPU, KVMI_VM_CONTROL_CLEANUP,
+	KVMI_VM_SET_PAGE_ACCESS, KVMI_VM_GET_PAGE_ACCESS, KVMI_VM_GET_MAX_GFN
 };
 
 static const u16 vcpu_commands[] = {
@@ -61,7 +62,8 @@ static const u16 free_commands[] = {
 };
 
 static const u16 known_events[] = {
-	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE, KVMI_VCPU_EVENT_BREAKPOINT
+	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE,
+	KVMI_VCPU_EVENT_BREAKPOINT, KVMI_VCPU_EVENT_PF
 };
 
 struct msg {
@@ -73,7 +75,10 @@ struct event {
 	struct kvmi_msg_hdr hdr;
 	struct kvmi_event_hdr ev;
 	struct kvmi_vcpu_event common;
-	struct kvmi_vcpu_event_breakpoint bp;
+	union {
+		struct kvmi_vcpu_event_breakpoint bp;
+		struct kvmi_vcpu_event_pf pf;
+	};
 };
 
 #define VM_EVENT_SIZE    sizeof(struct kvmi_event_hdr)
@@ -745,8 +750,14 @@ static void get_any_event(struct event *ev)
 		return;
 	}
 
-	if (ev->ev.event == KVMI_VCPU_EVENT_BREAKPOINT)
+	switch (ev->ev.event) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
 		data = sizeof(ev->bp);
+		break;
+	case KVMI_VCPU_EVENT_PF:
+		data = sizeof(ev->pf);
+		break;
+	}
 	TEST_ASSERT_EQ(ev->hdr.size, VCPU_EVENT_SIZE + data);
 	TEST_ASSERT_EQ(ev->common.size, sizeof(ev->common));
 	TEST_ASSERT_EQ(ev->common.padding, 0);
@@ -3413,6 +3424,669 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 /* Single-step and injected exceptions */
 
 /* Page access */
+
+#define ACCESS_R   KVMI_PAGE_ACCESS_R
+#define ACCESS_W   KVMI_PAGE_ACCESS_W
+#define ACCESS_X   KVMI_PAGE_ACCESS_X
+#define ACCESS_ALL (ACCESS_R | ACCESS_W | ACCESS_X)
+#define NR_PAGES   4
+
+enum access_op {
+	OP_NONE, OP_READ, OP_WRITE, OP_EXEC, OP_ADD, OP_CMPXCHG, OP_XCHG16,
+	OP_CROSS, OP_MOVS, OP_PUSH, OP_SSE, OP_INT, OP_DONE
+};
+
+static u64 order;
+static u64 target;	/* gva of NR_PAGES pages */
+static u64 other;
+
+/* Does with its pages what it is told */
+static void guest_access(void)
+{
+	u64 op, src, dst, len, rsp;
+
+	for (;;) {
+		op = READ_ONCE(order);
+		switch (op) {
+		case OP_NONE:
+			/* There are emulated hosts that want it to exit */
+			cpuid(0, &(u32){0}, &(u32){0}, &(u32){0}, &(u32){0});
+			continue;
+		case OP_READ:
+			WRITE_ONCE(result, READ_ONCE(*(u64 *)target));
+			break;
+		case OP_WRITE:
+			WRITE_ONCE(*(u64 *)target, 0x77);
+			break;
+		case OP_EXEC:
+			((void (*)(void))target)();
+			break;
+		case OP_ADD:
+			asm volatile("lock addq $5, (%0)" : : "r"(target)
+				     : "memory", "cc");
+			break;
+		case OP_CMPXCHG:
+			src = 0;
+			asm volatile("lock cmpxchgq %2, (%1)" : "+a"(src)
+				     : "r"(target), "r"(9ul) : "memory", "cc");
+			break;
+		case OP_XCHG16:
+			asm volatile("lock cmpxchg16b (%0)" : : "r"(target),
+				     "a"(0ul), "d"(0ul), "b"(3ul), "c"(4ul)
+				     : "memory", "cc");
+			break;
+		case OP_CROSS:
+			WRITE_ONCE(*(u64 *)(target + PAGE_SIZE - 4),
+				   0x1122334455667788);
+			break;
+		case OP_MOVS:
+			src = other;
+			dst = target + PAGE_SIZE - 64;
+			len = 128;
+			asm volatile("rep movsb" : "+S"(src), "+D"(dst),
+				     "+c"(len) : : "memory");
+			break;
+		case OP_PUSH:
+			/* Reads one page and writes another */
+			rsp = target + 0x100;
+			src = other;
+			asm volatile("xchg %0, %%rsp\n"
+				     "pushq (%1)\n"
+				     "xchg %0, %%rsp" : "+r"(rsp) : "r"(src)
+				     : "memory");
+			WRITE_ONCE(result, rsp);
+			break;
+		case OP_SSE:
+			/* Not known to KVM's emulator */
+			asm volatile("pxor %%xmm0, %%xmm0\n"
+				     "paddd (%1), %%xmm0\n"
+				     "movq %%xmm0, %0" : "=r"(src)
+				     : "r"(target) : "xmm0", "memory");
+			WRITE_ONCE(result, src);
+			break;
+		case OP_INT:
+			asm volatile("int $0x40" : : : "memory");
+			break;
+		case OP_DONE:
+			GUEST_DONE();
+		}
+		WRITE_ONCE(counter, counter + 1);
+		WRITE_ONCE(order, OP_NONE);
+	}
+}
+
+static int set_page_access_n(const struct kvmi_page_access_entry *entries,
+			     unsigned int count)
+{
+	struct {
+		struct kvmi_vm_set_page_access req;
+		struct kvmi_page_access_entry entries[511];
+	} msg = { .req.count = count };
+
+	memcpy(msg.entries, entries, count * sizeof(*entries));
+	return __command(KVMI_VM_SET_PAGE_ACCESS, &msg,
+			 sizeof(msg.req) + count * sizeof(*entries), NULL, 0);
+}
+
+static int set_page_access(u64 gpa, u8 access)
+{
+	struct kvmi_page_access_entry entry = { .gpa = gpa, .access = access };
+
+	return set_page_access_n(&entry, 1);
+}
+
+static int get_page_access(u64 gpa, u8 *access)
+{
+	struct kvmi_vm_get_page_access req = { .gpa = gpa };
+	struct kvmi_vm_get_page_access_reply rpl = {};
+	int err;
+
+	err = __command(KVMI_VM_GET_PAGE_ACCESS, &req, sizeof(req), &rpl,
+			sizeof(rpl));
+	*access = rpl.access;
+	return err;
+}
+
+static void assert_page_access(u64 gpa, u8 access)
+{
+	u8 is;
+
+	assert_err(get_page_access(gpa, &is), 0);
+	TEST_ASSERT_EQ(is, access);
+}
+
+static void give_order(struct kvm_vm *vm, enum access_op op)
+{
+	guest_write(vm, order, op);
+}
+
+static void wait_order(struct kvm_vm *vm)
+{
+	wait_for(guest_read(vm, order) == OP_NONE);
+	TEST_ASSERT(!tool.nr_events && !readable(0), "an event too many");
+}
+
+static void get_pf(struct event *ev, u64 gva, u64 gpa, u8 access)
+{
+	get_event(ev, KVMI_VCPU_EVENT_PF, 0);
+	TEST_ASSERT(ev->pf.gva == gva && ev->pf.gpa == gpa &&
+		    ev->pf.access == access && !ev->pf.flags,
+		    "PF event gva %llx gpa %llx access %u flags %u, should be %lx %lx %u 0",
+		    ev->pf.gva, ev->pf.gpa, ev->pf.access, ev->pf.flags, gva,
+		    gpa, access);
+	TEST_ASSERT(!ev->pf.padding2 && !ev->pf.padding3, "padding");
+}
+
+/* Starts guest_access() with its pages mapped and used; returns target's gpa */
+static u64 start_access(struct runner *r, struct kvm_vcpu *vcpu, u64 *gva)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gpa;
+
+	*gva = vm_vaddr_alloc_pages(vm, NR_PAGES);
+	gpa = addr_gva2gpa(vm, *gva);
+	TEST_ASSERT_EQ(addr_gva2gpa(vm, *gva + PAGE_SIZE), gpa + PAGE_SIZE);
+	*(u8 *)addr_gva2hva(vm, *gva) = 0xc3;	/* RET */
+	guest_write(vm, target, *gva);
+	guest_write(vm, other, *gva + 3 * PAGE_SIZE);
+
+	hook(vm);
+	start(r, vcpu);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 1), 0);
+	give_order(vm, OP_CROSS);
+	wait_order(vm);
+
+	return gpa;
+}
+
+static void stop_access(struct runner *r)
+{
+	give_order(r->vcpu->vm, OP_DONE);
+	join_done(r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, page_access_errors, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvmi_page_access_entry e[3] = {};
+	struct kvmi_vm_set_page_access req = {};
+	struct runner r;
+	u64 gva, gpa;
+	u8 access;
+
+	gpa = start_access(&r, vcpu, &gva);
+
+	req.padding1 = 1;
+	assert_err(command(KVMI_VM_SET_PAGE_ACCESS, &req), -KVM_EINVAL);
+	req = (struct kvmi_vm_set_page_access) { .padding2 = 1 };
+	assert_err(command(KVMI_VM_SET_PAGE_ACCESS, &req), -KVM_EINVAL);
+	req = (struct kvmi_vm_set_page_access) { .count = 1 };
+	assert_err(command(KVMI_VM_SET_PAGE_ACCESS, &req), -KVM_EINVAL);
+	req = (struct kvmi_vm_set_page_access) { .count = 0xffff };
+	assert_err(command(KVMI_VM_SET_PAGE_ACCESS, &req), -KVM_EINVAL);
+	assert_err(__command(KVMI_VM_SET_PAGE_ACCESS, &req, 4, NULL, 0),
+		   -KVM_EINVAL);
+	req.count = 0;
+	assert_err(command(KVMI_VM_SET_PAGE_ACCESS, &req), 0);
+
+	assert_err(set_page_access(UNMAPPED_GPA, ACCESS_R), -KVM_EINVAL);
+	assert_err(set_page_access(-1ull, ACCESS_R), -KVM_EINVAL);
+	assert_err(set_page_access(gpa, ACCESS_ALL + 1), -KVM_EINVAL);
+	assert_err(set_page_access(gpa, 0x80), -KVM_EINVAL);
+	e[0].padding[6] = 1;
+	e[0].gpa = gpa;
+	assert_err(set_page_access_n(e, 1), -KVM_EINVAL);
+	assert_page_access(gpa, ACCESS_ALL);
+
+	/* The others are done nevertheless */
+	memset(e, 0, sizeof(e));
+	e[0].gpa = gpa + 5;
+	e[0].access = ACCESS_R;
+	e[1].gpa = UNMAPPED_GPA;
+	e[2].gpa = gpa + PAGE_SIZE;
+	e[2].access = ACCESS_X | ACCESS_R;
+	assert_err(set_page_access_n(e, 3), -KVM_EINVAL);
+	assert_page_access(gpa, ACCESS_R);
+	assert_page_access(gpa + PAGE_SIZE - 1, ACCESS_R);
+	assert_page_access(gpa + PAGE_SIZE, ACCESS_R | ACCESS_X);
+	assert_page_access(gpa + 2 * PAGE_SIZE, ACCESS_ALL);
+	assert_page_access(gpa - PAGE_SIZE, ACCESS_ALL);
+
+	assert_err(get_page_access(UNMAPPED_GPA, &access), -KVM_ENOENT);
+	assert_err(__command(KVMI_VM_GET_PAGE_ACCESS, &gpa, 7, NULL, 0),
+		   -KVM_EINVAL);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, page_access_max_gfn, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvmi_vm_get_max_gfn_reply rpl;
+	u64 top = EXTRA_GPA / PAGE_SIZE + 3;
+
+	hook(vm);
+	assert_err(__command(KVMI_VM_GET_MAX_GFN, NULL, 0, &rpl, sizeof(rpl)),
+		   0);
+	TEST_ASSERT(rpl.gfn && rpl.gfn < top, "gfn %llx", rpl.gfn);
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 4, 0);
+	assert_err(__command(KVMI_VM_GET_MAX_GFN, NULL, 0, &rpl, sizeof(rpl)),
+		   0);
+	TEST_ASSERT_EQ(rpl.gfn, top);
+	unhook(vm);
+}
+
+/* Each set of rights with each access, of a page that is mapped */
+KVM_ONE_VCPU_TEST(kvmi, page_access_matrix, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static const struct {
+		enum access_op op;
+		u8 access;
+	} ops[] = {
+		{ OP_READ, ACCESS_R }, { OP_WRITE, ACCESS_W },
+		{ OP_EXEC, ACCESS_X }
+	};
+	u8 *page, access, i;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa;
+
+	gpa = start_access(&r, vcpu, &gva);
+	page = addr_gva2hva(vm, gva);
+
+	for (access = 0; access <= ACCESS_ALL; access++) {
+		/* With all rights on first, so that it is mapped */
+		assert_err(set_page_access(gpa, ACCESS_ALL), 0);
+		give_order(vm, OP_WRITE);
+		wait_order(vm);
+		WRITE_ONCE(*(u64 *)page, 0xc3);
+
+		assert_err(set_page_access(gpa, access), 0);
+		for (i = 0; i < ARRAY_SIZE(ops); i++) {
+			WRITE_ONCE(*(u64 *)page, 0xc3);
+			guest_write(vm, result, 0);
+			give_order(vm, ops[i].op);
+			if (!(access & ops[i].access)) {
+				get_pf(&ev, gva, gpa, ops[i].access);
+				TEST_ASSERT_EQ(READ_ONCE(*(u64 *)page), 0xc3);
+				reply_continue(&ev);
+			}
+			wait_order(vm);
+			if (ops[i].op == OP_READ)
+				TEST_ASSERT_EQ(guest_read(vm, result), 0xc3);
+			if (ops[i].op == OP_WRITE)
+				TEST_ASSERT_EQ(READ_ONCE(*(u64 *)page), 0x77);
+		}
+		assert_page_access(gpa, access);
+	}
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* The accesses of one instruction, in their order, each once */
+KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa, *page;
+
+	gpa = start_access(&r, vcpu, &gva);
+	page = addr_gva2hva(vm, gva);
+	assert_err(set_page_access(gpa, 0), 0);
+	assert_err(set_page_access(gpa + PAGE_SIZE, ACCESS_R), 0);
+	assert_err(set_page_access(gpa + 3 * PAGE_SIZE, ACCESS_W), 0);
+
+	*page = 1;
+	give_order(vm, OP_ADD);
+	get_pf(&ev, gva, gpa, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*page, 6);
+
+	*page = 0;
+	give_order(vm, OP_CMPXCHG);
+	get_pf(&ev, gva, gpa, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*page, 9);
+
+	give_order(vm, OP_CROSS);
+	get_pf(&ev, gva + PAGE_SIZE - 4, gpa + PAGE_SIZE - 4, ACCESS_W);
+	reply_continue(&ev);
+	get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*(u64 *)((u8 *)page + PAGE_SIZE - 4),
+		       0x1122334455667788);
+
+	memset((u8 *)page + 3 * PAGE_SIZE, 0x42, 128);
+	give_order(vm, OP_MOVS);
+	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva + PAGE_SIZE - 64, gpa + PAGE_SIZE - 64, ACCESS_W);
+	reply_continue(&ev);
+	get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
+	/* In the middle of it */
+	TEST_ASSERT_EQ(ev.common.arch.regs.rcx, 64);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT(!memcmp((u8 *)page + PAGE_SIZE - 64,
+			    (u8 *)page + 3 * PAGE_SIZE, 128), "not copied");
+
+	give_order(vm, OP_PUSH);
+	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva + 0xf8, gpa + 0xf8, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(page[0xf8 / 8], 0x4242424242424242);
+	TEST_ASSERT_EQ(guest_read(vm, result), gva + 0xf8);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, page_access_retry, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa, *page;
+
+	gpa = start_access(&r, vcpu, &gva);
+	page = addr_gva2hva(vm, gva);
+	assert_err(set_page_access(gpa, ACCESS_R | ACCESS_X), 0);
+
+	/* It faults again and again until the tool gives way */
+	*page = 1;
+	give_order(vm, OP_ADD);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_retry(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	TEST_ASSERT_EQ(*page, 1);
+	assert_err(set_page_access(gpa, ACCESS_ALL), 0);
+	reply_retry(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*page, 6);
+
+	/* What it was granted for one instruction it has to ask for again */
+	assert_err(set_page_access(gpa, 0), 0);
+	give_order(vm, OP_ADD);
+	get_pf(&ev, gva, gpa, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_retry(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_R);
+	reply_continue(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*page, 11);
+
+	/* Skipped by the tool */
+	assert_err(set_page_access(gpa, ACCESS_R), 0);
+	*page = 0xc3;
+	give_order(vm, OP_EXEC);
+	get_pf(&ev, gva, gpa, ACCESS_X);
+	ev.common.arch.regs.rip =
+		*(u64 *)addr_gva2hva(vm, ev.common.arch.regs.rsp);
+	ev.common.arch.regs.rsp += 8;
+	assert_err(set_registers(0, &ev.common.arch.regs), 0);
+	reply_retry(&ev);
+	wait_order(vm);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, page_access_crash, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa;
+
+	gpa = start_access(&r, vcpu, &gva);
+	assert_err(set_page_access(gpa, ACCESS_R), 0);
+	give_order(vm, OP_WRITE);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_crash(&ev);
+	join(&r);
+	TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_SYSTEM_EVENT);
+	TEST_ASSERT_EQ(vcpu->run->system_event.type, KVM_SYSTEM_EVENT_CRASH);
+	unhook(vm);
+}
+
+/* What the emulator can't do is told, and then the page is open */
+KVM_ONE_VCPU_TEST(kvmi, page_access_not_emulated, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa;
+
+	gpa = start_access(&r, vcpu, &gva);
+	*(u64 *)addr_gva2hva(vm, gva) = 0x123456789;
+	assert_err(set_page_access(gpa, ACCESS_X), 0);
+	give_order(vm, OP_SSE);
+	get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
+	TEST_ASSERT_EQ(ev.pf.gva, ~0ull);
+	TEST_ASSERT_EQ(ev.pf.gpa, gpa);
+	TEST_ASSERT_EQ(ev.pf.access, ACCESS_R);
+	TEST_ASSERT_EQ(ev.pf.flags, KVMI_PF_NOT_EMULATED);
+	reply_retry(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
+	TEST_ASSERT_EQ(ev.pf.flags, KVMI_PF_NOT_EMULATED);
+	assert_page_access(gpa, ACCESS_X);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(guest_read(vm, result), 0x123456789);
+	assert_page_access(gpa, ACCESS_ALL);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* An interrupt can't be delivered by the emulator either */
+KVM_ONE_VCPU_TEST(kvmi, page_access_idt, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa;
+	int i;
+
+	vm_install_exception_handler(vm, IRQ_VECTOR, guest_on_bp);
+	start_access(&r, vcpu, &gva);
+	assert_err(pause_vcpu(0, 1), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	gpa = translate_gva(0, ev.common.arch.sregs.idt.base);
+	reply_continue(&ev);
+
+	assert_err(set_page_access(gpa, ACCESS_W | ACCESS_X), 0);
+	give_order(vm, OP_INT);
+	/* INT n itself may be emulated or not; the guest notices nothing */
+	for (i = 0; i < 10 && guest_read(vm, order) != OP_NONE; i++) {
+		if (!tool.nr_events && !readable(QUIET_MS))
+			continue;
+		get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
+		TEST_ASSERT_EQ(ev.pf.gpa & PAGE_MASK, gpa & PAGE_MASK);
+		TEST_ASSERT_EQ(ev.pf.access, ACCESS_R);
+		reply_continue(&ev);
+	}
+	wait_order(vm);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* Nobody is told of what nobody wants to know */
+KVM_ONE_VCPU_TEST(kvmi, page_access_event_off, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	u64 gva, gpa, *page;
+
+	gpa = start_access(&r, vcpu, &gva);
+	page = addr_gva2hva(vm, gva);
+	assert_err(set_page_access(gpa, 0), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 0), 0);
+
+	give_order(vm, OP_WRITE);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*page, 0x77);
+	assert_page_access(gpa, 0);
+
+	give_order(vm, OP_SSE);
+	wait_order(vm);
+	TEST_ASSERT_EQ(guest_read(vm, result), 0x77);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* When the session ends, the guest has all its rights, the open access too */
+KVM_ONE_VCPU_TEST(kvmi, page_access_session_end, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa, *page;
+
+	gpa = start_access(&r, vcpu, &gva);
+	page = addr_gva2hva(vm, gva);
+	assert_err(set_page_access(gpa, 0), 0);
+	give_order(vm, OP_WRITE);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	tool_close();
+	wait_for(guest_read(vm, order) == OP_NONE);
+	TEST_ASSERT_EQ(*page, 0x77);
+	give_order(vm, OP_SSE);
+	wait_for(guest_read(vm, order) == OP_NONE);
+	unhook(vm);
+
+	hook(vm);
+	assert_page_access(gpa, ACCESS_ALL);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 1), 0);
+	give_order(vm, OP_ADD);
+	wait_order(vm);
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* A restriction belongs to the guest's address, whatever lies there */
+KVM_ONE_VCPU_TEST(kvmi, page_access_memslot, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gva = 0x40000000, *hva;
+	struct runner r;
+	struct event ev;
+	u64 old_gva;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, NR_PAGES, 0);
+	virt_map(vm, gva, EXTRA_GPA, NR_PAGES);
+	start_access(&r, vcpu, &old_gva);
+	guest_write(vm, target, gva);
+	give_order(vm, OP_WRITE);
+	wait_order(vm);
+	assert_err(set_page_access(EXTRA_GPA, ACCESS_R), 0);
+
+	/* Away and back, and replaced by another */
+	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA + 0x100000);
+	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA);
+	assert_page_access(EXTRA_GPA, ACCESS_R);
+	give_order(vm, OP_WRITE);
+	get_pf(&ev, gva, EXTRA_GPA, ACCESS_W);
+	reply_continue(&ev);
+	wait_order(vm);
+
+	vm_mem_region_delete(vm, EXTRA_SLOT);
+	assert_err(set_page_access(EXTRA_GPA, 0), -KVM_EINVAL);
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, NR_PAGES, 0);
+	hva = addr_gpa2hva(vm, EXTRA_GPA);
+	give_order(vm, OP_WRITE);
+	get_pf(&ev, gva, EXTRA_GPA, ACCESS_W);
+	TEST_ASSERT_EQ(*hva, 0);
+	reply_continue(&ev);
+	wait_order(vm);
+	TEST_ASSERT_EQ(*hva, 0x77);
+
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* The tool's own writes, and userspace's, are not restricted */
+KVM_ONE_VCPU_TEST(kvmi, page_access_not_the_tools, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	u64 gva, gpa, val = 5;
+
+	gpa = start_access(&r, vcpu, &gva);
+	assert_err(set_page_access(gpa, 0), 0);
+	assert_err(write_physical(gpa, sizeof(val), &val), 0);
+	val = 0;
+	assert_err(read_physical(gpa, sizeof(val), &val), 0);
+	TEST_ASSERT_EQ(val, 5);
+	unhook(vm);
+	stop_access(&r);
+}
+
+/* Inside a huge page, which must come back to be one mapping as it was */
+KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	const u64 huge = 2ul << 20, gpa = 0x40000000, gva = 0x80000000;
+	struct runner r;
+	struct event ev;
+	u64 old_gva;
+	int i;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS_THP, gpa,
+				    EXTRA_SLOT, huge / PAGE_SIZE, 0);
+	virt_map(vm, gva, gpa, huge / PAGE_SIZE);
+	memset(addr_gpa2hva(vm, gpa), 1, huge);
+	start_access(&r, vcpu, &old_gva);
+	guest_write(vm, target, gva);
+	give_order(vm, OP_WRITE);
+	wait_order(vm);
+	if (!vm_get_stat(vm, "pages_2m")) {
+		unhook(vm);
+		stop_access(&r);
+		print_skip("the host has no huge page to give");
+		return;
+	}
+
+	for (i = 0; i < 3; i++) {
+		assert_err(set_page_access(gpa + PAGE_SIZE, ACCESS_R), 0);
+		TEST_ASSERT_EQ(vm_get_stat(vm, "pages_2m"), 0);
+		/* The neighbour is free */
+		give_order(vm, OP_WRITE);
+		wait_order(vm);
+		TEST_ASSERT_EQ(vm_get_stat(vm, "pages_2m"), 0);
+		give_order(vm, OP_CROSS);
+		get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
+		reply_continue(&ev);
+		wait_order(vm);
+		assert_err(set_page_access(gpa + PAGE_SIZE, ACCESS_ALL), 0);
+	}
+
+	unhook(vm);
+	stop_access(&r);
+}
 
 /* The module parameter is off */
 
