@@ -30,3 +30,8 @@ def test_unit(program):
 def test_qemu_has_the_kernels_header(ours, qemus):
     # QEMU keeps copies of the kernel's headers, as of all others
     assert (host.TOP / ours).read_bytes() == (host.TOP / qemus).read_bytes(), f"copy {ours} to {qemus}"
+
+
+def test_the_documents_layouts_are_the_headers():
+    r = subprocess.run([host.TOP / "scripts/kvmi-layout", "--check"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert r.returncode == 0, r.stderr.decode(errors="replace")

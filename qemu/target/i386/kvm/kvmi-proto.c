@@ -29,6 +29,8 @@ static const KvmiId commands[] = {
     { "vm-pause-vcpu",           KVMI_VM_PAUSE_VCPU },
     { "vm-control-cleanup",      KVMI_VM_CONTROL_CLEANUP },
     { "vm-set-page-access",      KVMI_VM_SET_PAGE_ACCESS },
+    { "vm-get-page-access",      KVMI_VM_GET_PAGE_ACCESS },
+    { "vm-get-max-gfn",          KVMI_VM_GET_MAX_GFN },
     { "vcpu-get-info",           KVMI_VCPU_GET_INFO },
     { "vcpu-control-events",     KVMI_VCPU_CONTROL_EVENTS },
     { "vcpu-get-registers",      KVMI_VCPU_GET_REGISTERS },
