@@ -9,7 +9,6 @@
 
 #include <linux/kvm_host.h>
 #include <linux/kvmi_host.h>
-#include <asm/text-patching.h>
 
 #include "../../../virt/kvm/introspection/kvmi_int.h"
 #include "cpuid.h"
@@ -164,6 +163,18 @@ int kvmi_arch_control_bp(struct kvm_vcpu *vcpu, bool enable)
 	return 0;
 }
 
+/* The tool may have taken the INT3 out meanwhile, or KVM, for the tool */
+static void kvmi_inject_bp(struct kvm_vcpu *vcpu)
+{
+	gpa_t gpa = kvmi_arch_translate_gva(vcpu, kvm_get_linear_rip(vcpu));
+	u8 insn;
+
+	if (gpa == INVALID_GPA ||
+	    kvm_vcpu_read_guest(vcpu, gpa, &insn, sizeof(insn)) ||
+	    insn == KVMI_BREAKPOINT_BYTE)
+		kvm_queue_exception(vcpu, BP_VECTOR);
+}
+
 /* Returns true if the #BP has been dealt with, and the vCPU runs on */
 bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len)
 {
@@ -174,29 +185,22 @@ bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len)
 
 	data.gpa = kvmi_arch_translate_gva(vcpu, kvm_get_linear_rip(vcpu));
 	if (!kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_BREAKPOINT, &data,
-			     sizeof(data)))
-		kvm_queue_exception(vcpu, BP_VECTOR);
+			     sizeof(data))) {
+		kvmi_journal_restore(vcpu->kvm->kvmi);
+		kvmi_inject_bp(vcpu);
+	}
 
 	return true;
 }
 EXPORT_SYMBOL_GPL(kvmi_handle_bp);
 
-static int kvmi_bp_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
-			bool abandoned)
+static int kvmi_bp_done(struct kvm_vcpu *vcpu, bool abandoned)
 {
-	gpa_t gpa;
-	u8 insn;
+	if (abandoned)
+		kvmi_inject_bp(vcpu);
+	else
+		kvm_queue_exception(vcpu, BP_VECTOR);
 
-	/* The tool may have taken the INT3 out and gone without an answer */
-	if (abandoned) {
-		gpa = kvmi_arch_translate_gva(vcpu, ev->ip);
-		if (gpa != INVALID_GPA &&
-		    !kvm_vcpu_read_guest(vcpu, gpa, &insn, sizeof(insn)) &&
-		    insn != INT3_INSN_OPCODE)
-			return 1;
-	}
-
-	kvm_queue_exception(vcpu, BP_VECTOR);
 	return 1;
 }
 
@@ -222,7 +226,7 @@ int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 {
 	switch (ev->id) {
 	case KVMI_VCPU_EVENT_BREAKPOINT:
-		return kvmi_bp_done(vcpu, ev, !rpl);
+		return kvmi_bp_done(vcpu, !rpl);
 	case KVMI_VCPU_EVENT_PF:
 		return kvmi_pf_done(vcpu, ev, !rpl);
 	default:

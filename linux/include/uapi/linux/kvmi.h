@@ -111,6 +111,9 @@ enum {
 #ifndef KVM_EBUSY
 #define KVM_EBUSY 16
 #endif
+#ifndef KVM_E2BIG
+#define KVM_E2BIG 7
+#endif
 
 /* Starts every message; 8 bytes */
 struct kvmi_msg_hdr {
@@ -159,7 +162,8 @@ struct kvmi_features {
 	__u8 singlestep;
 	__u8 get_page_access;	/* KVMI_VM_GET_PAGE_ACCESS */
 	__u8 get_max_gfn;	/* KVMI_VM_GET_MAX_GFN */
-	__u8 padding[5];
+	__u8 journal;		/* KVMI_WRITE_* */
+	__u8 padding[4];
 };
 
 struct kvmi_get_version_reply {
@@ -204,11 +208,19 @@ struct kvmi_vm_read_physical {
 	__u32 padding2;
 };
 
-/* KVMI_VM_WRITE_PHYSICAL */
+/*
+ * KVMI_VM_WRITE_PHYSICAL
+ *
+ * When the session ends, KVM takes back the INT3s that are there still; with
+ * KVMI_WRITE_JOURNAL, all of the write; with KVMI_WRITE_KEEP, nothing of it.
+ */
+#define KVMI_WRITE_JOURNAL (1 << 0)
+#define KVMI_WRITE_KEEP    (1 << 1)
+
 struct kvmi_vm_write_physical {
 	__u64 gpa;
 	__u16 size;		/* at least 1; the range is inside one page */
-	__u16 padding1;
+	__u16 flags;		/* KVMI_WRITE_* */
 	__u32 padding2;
 	__u8 data[];
 };

@@ -42,6 +42,9 @@
  *	the tool doesn't read, but not after the socket has been shut down, so
  *	UNHOOK shuts down first; PREUNHOOK only tries the lock.
  *
+ * kvmi_journal.lock (mutex)
+ *	The tool's writes to the guest, and taking them back.
+ *
  * kvm_vcpu_introspection.lock (spinlock)
  *	The queue of the vCPU, ->pauses, and of ->ev what decides whether a
  *	reply fits.
@@ -88,6 +91,16 @@ struct kvmi_out {
 	size_t size;		/* 0: none */
 };
 
+/* Most bytes of the guest that are remembered to be put back */
+#define KVMI_MAX_JOURNAL 65536
+
+struct kvmi_journal {
+	struct mutex lock;
+	struct hlist_head *heads;
+	unsigned int nr;
+	unsigned int restored;	/* of the last session */
+};
+
 struct kvm_introspection {
 	struct kvm *kvm;
 	struct mutex lock;		/* HOOK, UNHOOK */
@@ -112,6 +125,7 @@ struct kvm_introspection {
 	DECLARE_BITMAP(event_allow, KVMI_NUM_EVENTS);
 	DECLARE_BITMAP(vm_events, KVMI_NUM_EVENTS);
 	struct xarray page_access;	/* see kvmi_mmu.c */
+	struct kvmi_journal journal;
 	unsigned long flags;
 #define KVMI_NO_CLEANUP		0
 #define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
@@ -185,6 +199,12 @@ bool kvmi_receiver(void *data);
 void kvmi_receiver_killed(void *data);
 void kvmi_listen(struct kvm_introspection *kvmi);
 void kvmi_stop_listening(struct kvm_introspection *kvmi);
+
+/* journal.c */
+int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
+		     size_t size, u16 flags, void *before);
+void kvmi_journal_restore(struct kvm_introspection *kvmi);
+void kvmi_journal_free(struct kvmi_journal *journal);
 
 /* vm.c */
 bool kvmi_vm_command_known(u16 id);

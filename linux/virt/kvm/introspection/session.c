@@ -43,6 +43,7 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 	spin_lock_init(&kvmi->waiters_lock);
 	INIT_LIST_HEAD(&kvmi->waiters);
 	xa_init(&kvmi->page_access);
+	mutex_init(&kvmi->journal.lock);
 
 	old = cmpxchg(&kvm->kvmi, NULL, kvmi);
 	if (old) {
@@ -106,6 +107,10 @@ void kvmi_session_end(struct kvm_introspection *kvmi, int session)
 
 	kvm_for_each_vcpu(i, vcpu, kvmi->kvm)
 		kvmi_vcpu_wake(vcpu);
+
+	/* Somebody who puts back what the tool has left in the guest */
+	set_bit(KVMI_READABLE, &kvmi->flags);
+	vhost_task_wake(kvmi->receiver);
 }
 
 static void kvmi_reset_allowed_commands(struct kvm_introspection *kvmi)
@@ -186,6 +191,7 @@ static int __kvmi_hook(struct kvm_introspection *kvmi,
 	bitmap_zero(kvmi->event_allow, KVMI_NUM_EVENTS);
 	bitmap_zero(kvmi->vm_events, KVMI_NUM_EVENTS);
 	kvmi->flags = 0;
+	kvmi->journal.restored = 0;
 	atomic_set(&kvmi->event_seq, 0);
 
 	mutex_lock(&kvmi->recv_lock);
@@ -248,6 +254,8 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 	mutex_unlock(&kvmi->recv_lock);
 	sockfd_put(sock);
 
+	kvmi_journal_restore(kvmi);
+
 	/* Without a session nothing was restricted; see kvmi_page_access() */
 	xa_destroy(&kvmi->page_access);
 
@@ -282,6 +290,7 @@ void kvmi_vm_destroy(struct kvm *kvm)
 	kvmi_unhook(kvm);
 	if (kvmi->receiver)
 		vhost_task_stop(kvmi->receiver);
+	kvmi_journal_free(&kvmi->journal);
 	kfree(kvmi->out.msg);
 	kfree(kvmi->in);
 	kfree(kvmi);

@@ -326,8 +326,10 @@ static int kvmi_receive_locked(struct kvm_introspection *kvmi,
 
 	lockdep_assert_held(&kvmi->recv_lock);
 
-	if (!kvmi_session_alive(session))
+	if (!kvmi_session_alive(session)) {
+		kvmi_journal_restore(kvmi);
 		return -EAGAIN;
+	}
 
 	do {
 		answered = kv && READ_ONCE(kv->ev.answered);
@@ -476,4 +478,7 @@ void kvmi_receiver_killed(void *data)
 	if (kvmi->sock)
 		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
 	mutex_unlock(&kvmi->send_lock);
+
+	/* The memory may outlive the process */
+	kvmi_journal_restore(kvmi);
 }

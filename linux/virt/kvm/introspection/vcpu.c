@@ -400,6 +400,9 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	if (READ_ONCE(kv->ev.answered))
 		return 1;
 
+	/* Before this vCPU no longer intercepts what would hit it */
+	kvmi_journal_restore(kvmi);
+
 	kv->session = session;
 	kv->out.size = 0;
 	bitmap_zero(kv->events, KVMI_NUM_EVENTS);

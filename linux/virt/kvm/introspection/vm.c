@@ -2,8 +2,6 @@
 /*
  * KVM introspection: the commands to the VM, carried out by the receive thread
  */
-#include <linux/uaccess.h>
-
 #include "kvmi_int.h"
 
 /*
@@ -27,6 +25,7 @@ static int kvmi_get_version(struct kvm_introspection *kvmi, const void *req,
 	rpl->max_msg_size = KVMI_MAX_MSG_SIZE;
 	rpl->features.get_page_access = 1;
 	rpl->features.get_max_gfn = 1;
+	rpl->features.journal = 1;
 
 	*rpl_size = sizeof(*rpl);
 	return 0;
@@ -132,34 +131,6 @@ static int kvmi_vm_read_physical(struct kvm_introspection *kvmi,
 	return 0;
 }
 
-/*
- * kvm_write_guest_page() is for vCPUs: with a dirty ring, there would be no
- * ring to log the page in.
- */
-static int kvmi_write_page(struct kvm *kvm, u64 gpa, const void *data,
-			   size_t size)
-{
-	gfn_t gfn = gpa_to_gfn(gpa);
-	struct kvm_memory_slot *slot = gfn_to_memslot(kvm, gfn);
-	unsigned long hva = gfn_to_hva_memslot(slot, gfn);
-	bool log;
-
-	if (kvm_is_error_hva(hva) || kvm_mem_is_private(kvm, gfn))
-		return -KVM_ENOENT;
-
-	log = kvm_slot_dirty_track_enabled(slot);
-	if (log && !slot->dirty_bitmap)
-		return -KVM_EOPNOTSUPP;
-
-	if (__copy_to_user((void __user *)hva + offset_in_page(gpa), data,
-			   size))
-		return -KVM_ENOENT;
-
-	if (log)
-		set_bit_le(gfn - slot->base_gfn, slot->dirty_bitmap);
-	return 0;
-}
-
 static int kvmi_vm_write_physical(struct kvm_introspection *kvmi,
 				  const void *_req, size_t req_size,
 				  void *rpl, size_t *rpl_size)
@@ -168,14 +139,17 @@ static int kvmi_vm_write_physical(struct kvm_introspection *kvmi,
 	struct kvm *kvm = kvmi->kvm;
 	int err, idx;
 
-	if (req->padding1 || req->padding2 ||
-	    !kvmi_inside_page(req->gpa, req->size))
+	if (req->flags & ~(KVMI_WRITE_JOURNAL | KVMI_WRITE_KEEP) ||
+	    req->flags == (KVMI_WRITE_JOURNAL | KVMI_WRITE_KEEP) ||
+	    req->padding2 || !kvmi_inside_page(req->gpa, req->size))
 		return -KVM_EINVAL;
 	if (req_size < struct_size(req, data, req->size))
 		return -KVM_EINVAL;
 
 	idx = srcu_read_lock(&kvm->srcu);
-	err = kvmi_write_page(kvm, req->gpa, req->data, req->size);
+	/* There is no reply, so there is room for what is overwritten */
+	err = kvmi_write_guest(kvmi, req->gpa, req->data, req->size,
+			       req->flags, rpl);
 	srcu_read_unlock(&kvm->srcu, idx);
 
 	return err;

@@ -3,6 +3,10 @@
 #define _ASM_X86_KVMI_HOST_H
 
 #include <linux/types.h>
+#include <asm/text-patching.h>
+
+/* What a tool writes over an instruction to be told */
+#define KVMI_BREAKPOINT_BYTE INT3_INSN_OPCODE
 
 /* The access to a restricted page that is being dealt with */
 struct kvmi_pf {

@@ -1431,7 +1431,7 @@ KVM_ONE_VCPU_TEST(kvmi, command_errors, guest_count)
 	int i;
 
 	test_allow_errors(vcpu->vm, KVM_INTROSPECTION_COMMAND,
-			  KVMI_NEXT_VCPU_MESSAGE - 1);
+			  KVMI_NEXT_VM_MESSAGE - 1);
 
 	hook_restricted(vcpu->vm);
 	for (i = 0; i < ARRAY_SIZE(free_commands); i++) {
@@ -1875,9 +1875,9 @@ KVM_ONE_VCPU_TEST(kvmi, vm_write_physical_errors, guest_count)
 	u8 buf[PAGE_SIZE];
 
 	hook(vm);
-	req.req.padding1 = 1;
+	req.req.flags = 4;
 	assert_err(command(KVMI_VM_WRITE_PHYSICAL, &req), -KVM_EINVAL);
-	req.req.padding1 = 0;
+	req.req.flags = 0;
 	req.req.padding2 = 1;
 	assert_err(command(KVMI_VM_WRITE_PHYSICAL, &req), -KVM_EINVAL);
 
@@ -3417,6 +3417,257 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 	unhook(vm);
 	assert_guest_runs(vm);
 	stop_guest(&r);
+}
+
+/* The journal */
+
+extern u8 journal_insn[];
+
+static void guest_journal(void)
+{
+	while (!READ_ONCE(stop)) {
+		asm volatile("journal_insn: nopl 0x11223344(%%rax)" : : :
+			     "memory");
+		WRITE_ONCE(counter, counter + 1);
+		/* There are emulated hosts that want it to exit */
+		cpuid(0, &(u32){0}, &(u32){0}, &(u32){0}, &(u32){0});
+	}
+	GUEST_DONE();
+}
+
+static int write_flags(u64 gpa, const void *buf, u16 size, u16 flags)
+{
+	struct {
+		struct kvmi_vm_write_physical req;
+		u8 data[4096];
+	} msg = { .req = { .gpa = gpa, .size = size, .flags = flags } };
+
+	memcpy(msg.data, buf, size);
+	return __command(KVMI_VM_WRITE_PHYSICAL, &msg, sizeof(msg.req) + size,
+			 NULL, 0);
+}
+
+/* Plants an INT3 and waits for its hit */
+static void start_to_journal(struct runner *r, struct kvm_vcpu *vcpu,
+			     struct event *ev)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 int3 = 0xcc;
+
+	install_bp_handler(vm);
+	hook(vm);
+	start(r, vcpu);
+	assert_err(enable_bp(0), 0);
+	assert_err(write_physical(addr_gva2gpa(vm, (vm_vaddr_t)journal_insn),
+				  1, &int3), 0);
+	get_event(ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	TEST_ASSERT_EQ(ev->common.arch.regs.rip, (u64)journal_insn);
+}
+
+/* The guest hasn't noticed */
+static void end_of_journal(struct runner *r)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+
+	assert_guest_runs(vm);
+	TEST_ASSERT_EQ(*guest_var(vm, journal_insn[0]), 0x0f);
+	stop_guest(r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_tool_gone, guest_journal)
+{
+	struct runner r;
+	struct event ev;
+
+	start_to_journal(&r, vcpu, &ev);
+	tool_close();
+	assert_guest_runs(vcpu->vm);
+	unhook(vcpu->vm);
+	end_of_journal(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_unhook, guest_journal)
+{
+	struct runner r;
+	struct event ev;
+
+	start_to_journal(&r, vcpu, &ev);
+	assert_ioctl(vcpu->vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+	/* At once */
+	TEST_ASSERT_EQ(*guest_var(vcpu->vm, journal_insn[0]), 0x0f);
+	unhook(vcpu->vm);
+	end_of_journal(&r);
+}
+
+/* Answered, but with the INT3 still there */
+KVM_ONE_VCPU_TEST(kvmi, journal_answered, guest_journal)
+{
+	struct runner r;
+	struct event ev;
+
+	start_to_journal(&r, vcpu, &ev);
+	reply_retry(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	reply_retry(&ev);
+	tool_close();
+	assert_guest_runs(vcpu->vm);
+	unhook(vcpu->vm);
+	end_of_journal(&r);
+}
+
+/* With a vCPU that is outside KVM_RUN, the event open */
+KVM_ONE_VCPU_TEST(kvmi, journal_vcpu_away, guest_journal)
+{
+	struct runner r;
+	struct event ev;
+
+	start_to_journal(&r, vcpu, &ev);
+	interrupt(&r);
+	unhook(vcpu->vm);
+	TEST_ASSERT_EQ(*guest_var(vcpu->vm, journal_insn[0]), 0x0f);
+	start(&r, vcpu);
+	end_of_journal(&r);
+}
+
+/* What is restored, and what is not; the vCPU doesn't run */
+KVM_ONE_VCPU_TEST(kvmi, journal_bytes, guest_journal)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gva = vm_vaddr_alloc_page(vm), gpa = addr_gva2gpa(vm, gva);
+	u8 *page = addr_gva2hva(vm, gva);
+	u8 buf[16];
+	int i;
+
+	for (i = 0; i < 256; i++)
+		page[i] = i;
+	page[0xcc - 1] = 0;
+	hook(vm);
+
+	/* An INT3 among others; one that was there; twice */
+	memset(buf, 0x90, sizeof(buf));
+	buf[3] = 0xcc;
+	assert_err(write_physical(gpa, 8, buf), 0);
+	buf[0] = 0xcc;
+	assert_err(write_physical(gpa + 0xcc, 1, buf), 0);
+	assert_err(write_physical(gpa + 0x10, 1, buf), 0);
+	assert_err(write_physical(gpa + 0x10, 1, buf), 0);
+
+	/* Put back by the tool, replaced by the tool, and by the guest */
+	assert_err(write_physical(gpa + 0x20, 1, buf), 0);
+	assert_err(write_physical(gpa + 0x20, 1, (u8[]) { 0x20 }), 0);
+	assert_err(write_physical(gpa + 0x21, 1, buf), 0);
+	assert_err(write_physical(gpa + 0x21, 1, (u8[]) { 0x99 }), 0);
+	assert_err(write_physical(gpa + 0x22, 1, buf), 0);
+	page[0x22] = 0x98;
+
+	/* The guest has replaced what the tool then overwrites again */
+	assert_err(write_physical(gpa + 0x23, 1, buf), 0);
+	page[0x23] = 0x97;
+	assert_err(write_physical(gpa + 0x23, 1, buf), 0);
+
+	/* Flags */
+	assert_err(write_flags(gpa + 0x30, buf, 1, KVMI_WRITE_KEEP), 0);
+	memset(buf, 0x55, sizeof(buf));
+	assert_err(write_flags(gpa + 0x40, buf, 8, KVMI_WRITE_JOURNAL), 0);
+	assert_err(write_flags(gpa + 0x50, buf, 8, KVMI_WRITE_JOURNAL), 0);
+	assert_err(write_flags(gpa + 0x54, buf, 4, KVMI_WRITE_KEEP), 0);
+	memset(buf, 0x66, sizeof(buf));
+	assert_err(write_flags(gpa + 0x60, buf, 4, KVMI_WRITE_JOURNAL), 0);
+	memset(buf, 0x77, sizeof(buf));
+	assert_err(write_flags(gpa + 0x62, buf, 4, KVMI_WRITE_JOURNAL), 0);
+	assert_err(write_flags(gpa, buf, 1, 3), -KVM_EINVAL);
+	assert_err(write_flags(gpa, buf, 1, 4), -KVM_EINVAL);
+	assert_err(write_flags(gpa, buf, 1, 0x8000), -KVM_EINVAL);
+
+	unhook(vm);
+
+	for (i = 0; i < 8; i++)
+		TEST_ASSERT_EQ(page[i], i == 3 ? 3 : 0x90);
+	TEST_ASSERT_EQ(page[0xcc], 0xcc);
+	TEST_ASSERT_EQ(page[0x10], 0x10);
+	TEST_ASSERT_EQ(page[0x20], 0x20);
+	TEST_ASSERT_EQ(page[0x21], 0x99);
+	TEST_ASSERT_EQ(page[0x22], 0x98);
+	TEST_ASSERT_EQ(page[0x23], 0x97);
+	TEST_ASSERT_EQ(page[0x30], 0xcc);
+	for (i = 0; i < 8; i++)
+		TEST_ASSERT_EQ(page[0x40 + i], 0x40 + i);
+	for (i = 0; i < 8; i++)
+		TEST_ASSERT_EQ(page[0x50 + i], i < 4 ? 0x50 + i : 0x55);
+	for (i = 0; i < 6; i++)
+		TEST_ASSERT_EQ(page[0x60 + i], 0x60 + i);
+
+	/* The next session knows nothing of it */
+	page[0x10] = 0xcc;
+	hook(vm);
+	unhook(vm);
+	TEST_ASSERT_EQ(page[0x10], 0xcc);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_full, guest_journal)
+{
+	const unsigned int pages = 65536 / PAGE_SIZE;
+	struct kvm_vm *vm = vcpu->vm;
+	static u8 buf[4096];
+	unsigned int i;
+	u8 *mem;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, pages + 1, 0);
+	mem = addr_gpa2hva(vm, EXTRA_GPA);
+	memset(buf, 0xcc, sizeof(buf));
+	hook(vm);
+	for (i = 0; i < pages; i++)
+		assert_err(write_physical(EXTRA_GPA + i * PAGE_SIZE, PAGE_SIZE,
+					  buf), 0);
+	assert_err(write_physical(EXTRA_GPA + pages * PAGE_SIZE, 1, buf),
+		   -KVM_E2BIG);
+	TEST_ASSERT_EQ(mem[pages * PAGE_SIZE], 0);
+
+	/* What needs no room is done still, and makes some */
+	assert_err(write_physical(EXTRA_GPA, 1, buf), 0);
+	buf[0] = 0;
+	assert_err(write_physical(EXTRA_GPA, 1, buf), 0);
+	buf[0] = 0xcc;
+	assert_err(write_physical(EXTRA_GPA + pages * PAGE_SIZE, 1, buf), 0);
+
+	unhook(vm);
+	for (i = 0; i < (pages + 1) * PAGE_SIZE; i++)
+		TEST_ASSERT(!mem[i], "byte %u is %#x", i, mem[i]);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_memory_gone, guest_journal)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 int3 = 0xcc;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 2, 0);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+	vm_mem_region_delete(vm, EXTRA_SLOT);
+	unhook(vm);
+}
+
+/* Live migration takes what is restored with it */
+KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log, guest_journal)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 bitmap = 0;
+	u8 int3 = 0xcc;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 4, KVM_MEM_LOG_DIRTY_PAGES);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA + 2 * PAGE_SIZE, 1, &int3), 0);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 4);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 0);
+	unhook(vm);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 4);
 }
 
 /* Intercepted instructions */

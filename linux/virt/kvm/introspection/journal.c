@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: what the tool has written into the guest and must not
+ * stay there without it
+ *
+ * A breakpoint that nobody answers for kills the guest.  So KVM remembers what
+ * was there before (one entry for each byte), and puts it back when the session
+ * ends, unless the tool, or the guest, has changed it meanwhile.
+ */
+#include <linux/hash.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "kvmi_int.h"
+
+#define KVMI_JOURNAL_BITS 13
+
+struct kvmi_journal_entry {
+	struct hlist_node node;
+	u64 gpa;
+	u8 before;
+	u8 written;
+};
+
+/* Called with kvm->srcu read side held, for a range inside one page */
+static unsigned long kvmi_hva(struct kvm *kvm, u64 gpa,
+			      struct kvm_memory_slot **slot)
+{
+	gfn_t gfn = gpa_to_gfn(gpa);
+	unsigned long hva;
+
+	*slot = gfn_to_memslot(kvm, gfn);
+	hva = gfn_to_hva_memslot(*slot, gfn);
+	if (kvm_is_error_hva(hva) || kvm_mem_is_private(kvm, gfn))
+		return KVM_HVA_ERR_BAD;
+
+	return hva + offset_in_page(gpa);
+}
+
+static void kvmi_mark_dirty(struct kvm_memory_slot *slot, u64 gpa)
+{
+	if (kvm_slot_dirty_track_enabled(slot) && slot->dirty_bitmap)
+		set_bit_le(gpa_to_gfn(gpa) - slot->base_gfn,
+			   slot->dirty_bitmap);
+}
+
+static struct hlist_head *kvmi_journal_head(struct kvmi_journal *journal,
+					    u64 gpa)
+{
+	return &journal->heads[hash_64(gpa, KVMI_JOURNAL_BITS)];
+}
+
+static struct kvmi_journal_entry *
+kvmi_journal_find(struct kvmi_journal *journal, u64 gpa)
+{
+	struct kvmi_journal_entry *entry;
+
+	if (!journal->nr)
+		return NULL;
+
+	hlist_for_each_entry(entry, kvmi_journal_head(journal, gpa), node) {
+		if (entry->gpa == gpa)
+			return entry;
+	}
+
+	return NULL;
+}
+
+static void kvmi_journal_drop(struct kvmi_journal *journal,
+			      struct kvmi_journal_entry *entry)
+{
+	hlist_del(&entry->node);
+	kfree(entry);
+	WRITE_ONCE(journal->nr, journal->nr - 1);
+}
+
+static int kvmi_journal_add(struct kvmi_journal *journal, u64 gpa, u8 before)
+{
+	struct kvmi_journal_entry *entry;
+
+	if (journal->nr == KVMI_MAX_JOURNAL)
+		return -KVM_E2BIG;
+
+	if (!journal->heads)
+		journal->heads = kvcalloc(BIT(KVMI_JOURNAL_BITS),
+					  sizeof(*journal->heads),
+					  GFP_KERNEL_ACCOUNT);
+	entry = journal->heads ? kmalloc(sizeof(*entry), GFP_KERNEL_ACCOUNT) :
+				 NULL;
+	if (!entry)
+		return -KVM_ENOMEM;
+
+	entry->gpa = gpa;
+	entry->before = before;
+	entry->written = before;
+	hlist_add_head(&entry->node, kvmi_journal_head(journal, gpa));
+	WRITE_ONCE(journal->nr, journal->nr + 1);
+	return 0;
+}
+
+/* Shall what is written over the byte be taken back at the end? */
+static bool kvmi_journal_wants(u8 before, u8 after, u16 flags)
+{
+	if (flags & KVMI_WRITE_KEEP || before == after)
+		return false;
+
+	return flags & KVMI_WRITE_JOURNAL || after == KVMI_BREAKPOINT_BYTE;
+}
+
+/* Nothing of what a write that fails would have changed is forgotten */
+static int kvmi_journal_write(struct kvmi_journal *journal, u64 gpa,
+			      const u8 *before, const u8 *after, size_t size,
+			      u16 flags)
+{
+	struct kvmi_journal_entry *entry;
+	size_t i;
+	int err;
+
+	lockdep_assert_held(&journal->lock);
+
+	for (i = 0; i < size; i++) {
+		entry = kvmi_journal_find(journal, gpa + i);
+		/* The guest may have changed it; what it put there counts */
+		if (entry && entry->written != before[i]) {
+			kvmi_journal_drop(journal, entry);
+			entry = NULL;
+		}
+		if (entry || !kvmi_journal_wants(before[i], after[i], flags))
+			continue;
+
+		err = kvmi_journal_add(journal, gpa + i, before[i]);
+		if (err)
+			return err;
+	}
+
+	return 0;
+}
+
+/* The write has been made: entries are for what is there now */
+static void kvmi_journal_written(struct kvmi_journal *journal, u64 gpa,
+				 const u8 *after, size_t size, u16 flags)
+{
+	struct kvmi_journal_entry *entry;
+	size_t i;
+
+	for (i = 0; i < size; i++) {
+		entry = kvmi_journal_find(journal, gpa + i);
+		if (!entry)
+			continue;
+		if (kvmi_journal_wants(entry->before, after[i], flags))
+			entry->written = after[i];
+		else
+			kvmi_journal_drop(journal, entry);
+	}
+}
+
+/*
+ * Called within kvm->srcu read side.  The range is inside one page; before has
+ * room for what it holds.
+ */
+int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
+		     size_t size, u16 flags, void *before)
+{
+	struct kvmi_journal *journal = &kvmi->journal;
+	struct kvm_memory_slot *slot;
+	unsigned long hva;
+	int err = 0;
+
+	lockdep_assert_held(&kvmi->recv_lock);
+
+	hva = kvmi_hva(kvmi->kvm, gpa, &slot);
+	if (kvm_is_error_hva(hva))
+		return -KVM_ENOENT;
+
+	/*
+	 * kvm_write_guest_page() is for vCPUs: with a dirty ring, there would
+	 * be no ring to log the page in.
+	 */
+	if (kvm_slot_dirty_track_enabled(slot) && !slot->dirty_bitmap)
+		return -KVM_EOPNOTSUPP;
+
+	mutex_lock(&journal->lock);
+
+	/* UNHOOK may have come, and nothing may follow it */
+	if (!kvmi_session_alive(atomic_read(&kvmi->session)))
+		err = -KVM_EPERM;
+	else if (__copy_from_user(before, (void __user *)hva, size))
+		err = -KVM_ENOENT;
+	else
+		err = kvmi_journal_write(journal, gpa, before, data, size,
+					 flags);
+	if (!err && __copy_to_user((void __user *)hva, data, size))
+		err = -KVM_ENOENT;
+	if (!err)
+		kvmi_journal_written(journal, gpa, data, size, flags);
+
+	mutex_unlock(&journal->lock);
+
+	if (!err)
+		kvmi_mark_dirty(slot, gpa);
+	return err;
+}
+
+static bool kvmi_journal_restore_one(struct kvm *kvm,
+				     const struct kvmi_journal_entry *entry)
+{
+	struct kvm_memory_slot *slot;
+	unsigned long hva;
+	u8 now;
+
+	hva = kvmi_hva(kvm, entry->gpa, &slot);
+	if (kvm_is_error_hva(hva) ||
+	    __get_user(now, (u8 __user *)hva) || now != entry->written ||
+	    now == entry->before || __put_user(entry->before, (u8 __user *)hva))
+		return false;
+
+	kvmi_mark_dirty(slot, entry->gpa);
+	return true;
+}
+
+/*
+ * Whoever first finds that the session has ended does it, in a thread of the
+ * VM's process, and the others wait: the guest doesn't meet what the tool has
+ * left.  There is nothing to be done when the memory has gone already.
+ */
+void kvmi_journal_restore(struct kvm_introspection *kvmi)
+{
+	struct kvmi_journal *journal = &kvmi->journal;
+	struct kvmi_journal_entry *entry;
+	struct hlist_node *next;
+	int i, idx;
+
+	if (kvmi_session_alive(atomic_read(&kvmi->session)) ||
+	    !READ_ONCE(journal->nr) || current->mm != kvmi->kvm->mm)
+		return;
+
+	idx = srcu_read_lock(&kvmi->kvm->srcu);
+	mutex_lock(&journal->lock);
+	for (i = 0; journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
+		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
+					  node) {
+			if (kvmi_journal_restore_one(kvmi->kvm, entry))
+				journal->restored++;
+			kvmi_journal_drop(journal, entry);
+		}
+		cond_resched();
+	}
+	mutex_unlock(&journal->lock);
+	srcu_read_unlock(&kvmi->kvm->srcu, idx);
+}
+
+/* The VM is going away, with its memory */
+void kvmi_journal_free(struct kvmi_journal *journal)
+{
+	struct kvmi_journal_entry *entry;
+	struct hlist_node *next;
+	int i;
+
+	for (i = 0; journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++)
+		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
+					  node)
+			kvmi_journal_drop(journal, entry);
+	kvfree(journal->heads);
+}
