@@ -342,6 +342,37 @@ def tool_killed_while_hooked(g):
 
 
 @scenario()
+def tool_killed_with_breakpoints(g):
+    """The tool dies with breakpoints in hot functions, and with vCPUs waiting at them: KVM takes them out, the guest runs on."""
+    before = code(g)
+    for _ in range(3):
+        w = hook(g, *HOT)
+        mark = g.qmp.mark()
+        w.kill()
+        expect("disconnected", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        same_memory(before, code(g), "after the tool was killed")
+        g.wait_alive()
+
+
+@scenario()
+def stop_hung_tool_with_breakpoints(g):
+    """The tool hangs with breakpoints in hot functions: after the deadline the paused guest has none of them, and it runs on."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        w.signal(signal.SIGSTOP)
+        data, _ = stop(g)
+        expect("forced", data)
+        same_memory(before, code(g), "paused after the deadline")
+        mark = g.qmp.mark()
+        cont(g)
+        w.signal(signal.SIGCONT)
+        wait_state(g, "hooked", mark)
+        stop(g)
+        same_memory(before, code(g), "stopped again, with the tool awake")
+        cont(g)
+
+
+@scenario()
 def stop_without_tool(g):
     """Nobody connected: stop is immediate, and a tool that comes while the VM is paused gets in when it runs, not before."""
     mark = g.qmp.mark()

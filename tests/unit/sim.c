@@ -157,7 +157,7 @@ static void read_write(struct sim *sim)
 	memcpy(&request, sim->last_body, sizeof(request));
 	g_assert_cmpuint(sim->last.size, ==, sizeof(request) +
 			 (write ? request.size : 0));
-	if (request.padding1 || request.padding2 || !request.size ||
+	if (request.flags || request.padding2 || !request.size ||
 	    request.gpa / 4096 != (request.gpa + request.size - 1) / 4096)
 		error = -KVM_EINVAL;
 	else if (request.gpa + request.size > SIM_MEMORY)
