@@ -5,30 +5,12 @@
  * time.  Beside it, a ping-pong of messages of the same sizes between two
  * threads on a socket pair, in alternating batches.
  */
-#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
-#include <linux/kvmi.h>
 
 #include "guest.h"
-
-#ifndef KVM_INTROSPECTION_HOOK
-struct kvm_introspection_hook {
-    int32_t fd;
-    uint32_t padding;
-    uint8_t uuid[16];
-};
-struct kvm_introspection_feature {
-    uint32_t allow;
-    int32_t id;
-};
-#define KVM_INTROSPECTION_HOOK    _IOW(KVMIO, 0xc8, struct kvm_introspection_hook)
-#define KVM_INTROSPECTION_UNHOOK  _IO(KVMIO, 0xc9)
-#define KVM_INTROSPECTION_COMMAND _IOW(KVMIO, 0xca, struct kvm_introspection_feature)
-#define KVM_INTROSPECTION_EVENT   _IOW(KVMIO, 0xcb, struct kvm_introspection_feature)
-#endif
+#include "tool.h"
 
 #define TIMEOUT_S 60
 
@@ -44,39 +26,6 @@ struct reply {
     struct kvmi_vcpu_hdr vcpu;
     struct kvmi_vcpu_event_reply rpl;
 };
-
-static void read_all(int fd, void *buf, size_t size)
-{
-    if (recv(fd, buf, size, MSG_WAITALL) != (ssize_t)size) {
-        err(1, "the socket was closed");
-    }
-}
-
-static void write_all(int fd, const void *buf, size_t size)
-{
-    if (send(fd, buf, size, MSG_NOSIGNAL) != (ssize_t)size) {
-        err(1, "the socket was closed");
-    }
-}
-
-static void command(int fd, uint16_t id, const void *body, uint16_t size)
-{
-    struct {
-        struct kvmi_msg_hdr hdr;
-        uint8_t body[64];
-    } msg = { .hdr = { .id = id, .size = size } };
-    struct {
-        struct kvmi_msg_hdr hdr;
-        struct kvmi_error_code ec;
-    } rpl;
-
-    memcpy(msg.body, body, size);
-    write_all(fd, &msg, sizeof(msg.hdr) + size);
-    read_all(fd, &rpl, sizeof(rpl));
-    if (rpl.hdr.id != id || rpl.ec.err) {
-        errx(1, "command %u: error %d", id, rpl.ec.err);
-    }
-}
 
 static void *vcpu_thread(void *arg)
 {
@@ -121,7 +70,8 @@ static void *pong_thread(void *arg)
     struct event ev = { };
     struct reply rpl;
 
-    while (recv(fd, &rpl, sizeof(rpl), MSG_WAITALL) == sizeof(rpl)) {
+    for (;;) {
+        read_all(fd, &rpl, sizeof(rpl));
         write_all(fd, &ev, sizeof(ev));
     }
     return NULL;
@@ -153,17 +103,15 @@ int main(int argc, char **argv)
     static const uint8_t code[] = { 0xcc, 0xeb, 0xfd, };
     unsigned int n = argc > 1 ? atoi(argv[1]) : 200;
     unsigned int batches = argc > 2 ? atoi(argv[2]) : 20;
-    struct kvm_introspection_feature all = { .allow = 1, .id = -1 };
     struct {
         struct kvmi_vcpu_hdr hdr;
         struct kvmi_vcpu_control_events ctl;
     } enable = { .ctl = { .event_id = KVMI_VCPU_EVENT_BREAKPOINT,
                           .enable = 1 } };
-    struct kvm_introspection_hook hook = { };
     long event_switches = 0, ping_switches = 0, before;
     uint64_t *event, *ping;
     pthread_t vcpu, pong;
-    int s[2], p[2];
+    int tool, p[2];
     struct guest g;
 
     if (!n || !batches) {
@@ -172,18 +120,12 @@ int main(int argc, char **argv)
     alarm(TIMEOUT_S);
     event = calloc(batches, sizeof(*event));
     ping = calloc(batches, sizeof(*ping));
-    if (!event || !ping || socketpair(AF_UNIX, SOCK_STREAM, 0, s) ||
-        socketpair(AF_UNIX, SOCK_STREAM, 0, p)) {
+    if (!event || !ping || socketpair(AF_UNIX, SOCK_STREAM, 0, p)) {
         err(1, "set-up");
     }
 
     guest_create(&g, code, sizeof(code));
-    hook.fd = s[0];
-    if (ioctl(g.vm, KVM_INTROSPECTION_HOOK, &hook) ||
-        ioctl(g.vm, KVM_INTROSPECTION_COMMAND, &all) ||
-        ioctl(g.vm, KVM_INTROSPECTION_EVENT, &all)) {
-        err(1, "KVM_INTROSPECTION_HOOK");
-    }
+    tool = tool_hook(&g);
     /* The command is carried out before the guest's first instruction */
     if (pthread_create(&pong, NULL, pong_thread, &p[0])) {
         errx(1, "pthread_create");
@@ -200,13 +142,13 @@ int main(int argc, char **argv)
         } rpl;
         struct kvmi_vm_check_event check = { .id = KVMI_VM_EVENT_UNHOOK };
 
-        write_all(s[1], &msg, sizeof(msg));
+        write_all(tool, &msg, sizeof(msg));
         /* Its reply says that the one before has been queued */
-        command(s[1], KVMI_VM_CHECK_EVENT, &check, sizeof(check));
+        command(tool, KVMI_VM_CHECK_EVENT, &check, sizeof(check));
         if (pthread_create(&vcpu, NULL, vcpu_thread, &g)) {
             errx(1, "pthread_create");
         }
-        read_all(s[1], &rpl, sizeof(rpl));
+        read_all(tool, &rpl, sizeof(rpl));
         if (rpl.ec.err) {
             errx(1, "KVMI_VCPU_CONTROL_EVENTS: error %d", rpl.ec.err);
         }
@@ -214,7 +156,7 @@ int main(int argc, char **argv)
 
     for (unsigned int i = 0; i < batches; i++) {
         before = switches();
-        event[i] = events_ns(s[1], n);
+        event[i] = events_ns(tool, n);
         event_switches += switches() - before;
 
         before = switches();

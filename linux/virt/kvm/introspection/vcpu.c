@@ -530,6 +530,36 @@ static bool kvmi_take_pause(struct kvm_vcpu_introspection *kv)
 	return pause;
 }
 
+/*
+ * This vCPU is going to read the socket.  It says so before the event is sent:
+ * a tool that is quick shall not find that nobody waits.
+ */
+static void kvmi_vcpu_will_read(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	spin_lock_irq(&kvmi->waiters_lock);
+	if (list_empty(&kv->waiter))
+		list_add(&kv->waiter, &kvmi->waiters);
+	spin_unlock_irq(&kvmi->waiters_lock);
+}
+
+static void kvmi_vcpu_wont_read(struct kvm_vcpu *vcpu)
+{
+	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	if (list_empty(&kv->waiter))
+		return;
+
+	spin_lock_irq(&kvmi->waiters_lock);
+	list_del_init(&kv->waiter);
+	spin_unlock_irq(&kvmi->waiters_lock);
+
+	kvmi_receive_pass_on(kvmi);
+}
+
 /* For as long as the tool likes, so never without a way out by a signal */
 static int kvmi_vcpu_wait(struct kvm_vcpu *vcpu)
 {
@@ -539,10 +569,7 @@ static int kvmi_vcpu_wait(struct kvm_vcpu *vcpu)
 
 	kvm_vcpu_srcu_read_unlock(vcpu);
 
-	spin_lock_irq(&kvmi->waiters_lock);
-	list_add(&kv->waiter, &kvmi->waiters);
-	spin_unlock_irq(&kvmi->waiters_lock);
-
+	kvmi_vcpu_will_read(vcpu);
 	err = wait_event_interruptible(kv->wq,
 				       !list_empty_careful(&kv->jobs) ||
 				       atomic_read(&kvmi->session) !=
@@ -550,11 +577,6 @@ static int kvmi_vcpu_wait(struct kvm_vcpu *vcpu)
 				       kvmi_may_receive(kvmi));
 	if (!err)
 		err = kvmi_receive(kvmi, kv);
-
-	spin_lock_irq(&kvmi->waiters_lock);
-	list_del(&kv->waiter);
-	spin_unlock_irq(&kvmi->waiters_lock);
-	kvmi_receive_pass_on(kvmi);
 
 	kvm_vcpu_srcu_read_lock(vcpu);
 
@@ -598,6 +620,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 
 	if (kv->ev.open && !kv->ev.sent) {
 		kvmi_event_prepare(vcpu);
+		kvmi_vcpu_will_read(vcpu);
 		return 1;
 	}
 
@@ -644,6 +667,7 @@ int kvmi_vcpu_handle_request(struct kvm_vcpu *vcpu)
 	do {
 		again = kvmi_vcpu_step(vcpu, &r);
 	} while (again > 0 && r > 0);
+	kvmi_vcpu_wont_read(vcpu);
 
 	if (again)
 		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
