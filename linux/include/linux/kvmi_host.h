@@ -5,6 +5,7 @@
 /* What the rest of KVM needs to know of the introspection subsystem */
 
 #include <linux/kvm_host.h>
+#include <uapi/linux/kvmi.h>
 
 #ifdef CONFIG_KVM_INTROSPECTION
 
@@ -193,5 +194,106 @@ static inline bool kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 }
 
 #endif /* CONFIG_KVM_INTROSPECTION */
+
+/* Intercepted instructions */
+
+struct x86_instruction_info;
+
+bool __kvmi_intercepts_cr(struct kvm_vcpu *vcpu, unsigned int cr);
+bool __kvmi_intercepts_msr(struct kvm_vcpu *vcpu, u32 msr);
+bool __kvmi_intercepts_desc(struct kvm_vcpu *vcpu);
+bool __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr, unsigned long val);
+bool __kvmi_wrmsr(struct kvm_vcpu *vcpu, u32 *msr, u64 *data);
+bool __kvmi_hypercall(struct kvm_vcpu *vcpu);
+bool __kvmi_xsetbv(struct kvm_vcpu *vcpu, u64 old_xcr0);
+bool __kvmi_descriptor_access(struct kvm_vcpu *vcpu, u8 desc, bool write);
+bool __kvmi_checks_emulation(struct kvm_vcpu *vcpu);
+int kvmi_check_emulation(struct kvm_vcpu *vcpu,
+			 struct x86_instruction_info *info, int stage);
+void __kvmi_emulated_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
+			      unsigned long *val);
+void __kvmi_emulated_wrmsr(struct kvm_vcpu *vcpu, u32 *msr, u64 *data);
+
+static inline bool kvmi_present(struct kvm_vcpu *vcpu)
+{
+#ifdef CONFIG_KVM_INTROSPECTION
+	return unlikely(vcpu->kvmi);
+#else
+	return false;
+#endif
+}
+
+/* Shall the guest's writes be intercepted, whatever KVM itself needs? */
+static inline bool kvmi_intercepts_cr(struct kvm_vcpu *vcpu, unsigned int cr)
+{
+	return kvmi_present(vcpu) && __kvmi_intercepts_cr(vcpu, cr);
+}
+
+static inline bool kvmi_intercepts_msr(struct kvm_vcpu *vcpu, u32 msr)
+{
+	return kvmi_present(vcpu) && __kvmi_intercepts_msr(vcpu, msr);
+}
+
+static inline bool kvmi_intercepts_desc(struct kvm_vcpu *vcpu)
+{
+	return kvmi_present(vcpu) && __kvmi_intercepts_desc(vcpu);
+}
+
+/*
+ * If these return true, an event has been raised: the exit handler returns 1
+ * and has not done the instruction, which is completed with the event.
+ */
+static inline bool kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
+				 unsigned long val)
+{
+	return kvmi_present(vcpu) && __kvmi_cr_write(vcpu, cr, val);
+}
+
+/* May change what is written */
+static inline bool kvmi_wrmsr(struct kvm_vcpu *vcpu, u32 *msr, u64 *data)
+{
+	return kvmi_present(vcpu) && __kvmi_wrmsr(vcpu, msr, data);
+}
+
+static inline bool kvmi_hypercall(struct kvm_vcpu *vcpu)
+{
+	return kvmi_present(vcpu) && __kvmi_hypercall(vcpu);
+}
+
+/* XCR0 has been set, but the instruction not been skipped */
+static inline bool kvmi_xsetbv(struct kvm_vcpu *vcpu, u64 old_xcr0)
+{
+	return kvmi_present(vcpu) && __kvmi_xsetbv(vcpu, old_xcr0);
+}
+
+static inline bool kvmi_descriptor_access(struct kvm_vcpu *vcpu, u8 desc,
+					  bool write)
+{
+	return kvmi_present(vcpu) &&
+	       __kvmi_descriptor_access(vcpu, desc, write);
+}
+
+/*
+ * The instruction emulator asks before it executes an instruction, and gets
+ * the values to write when it does.
+ */
+static inline bool kvmi_checks_emulation(struct kvm_vcpu *vcpu)
+{
+	return kvmi_present(vcpu) && __kvmi_checks_emulation(vcpu);
+}
+
+static inline void kvmi_emulated_cr_write(struct kvm_vcpu *vcpu,
+					  unsigned int cr, unsigned long *val)
+{
+	if (kvmi_present(vcpu))
+		__kvmi_emulated_cr_write(vcpu, cr, val);
+}
+
+static inline void kvmi_emulated_wrmsr(struct kvm_vcpu *vcpu, u32 *msr,
+				       u64 *data)
+{
+	if (kvmi_present(vcpu))
+		__kvmi_emulated_wrmsr(vcpu, msr, data);
+}
 
 #endif

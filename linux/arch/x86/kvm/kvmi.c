@@ -209,6 +209,7 @@ void kvmi_arch_cleanup(struct kvm_vcpu *vcpu)
 {
 	if (vcpu->kvmi->arch.intercept_bp)
 		kvmi_arch_control_bp(vcpu, false);
+	kvmi_arch_exits_cleanup(vcpu);
 }
 
 unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu)
@@ -229,6 +230,12 @@ int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 		return kvmi_bp_done(vcpu, !rpl);
 	case KVMI_VCPU_EVENT_PF:
 		return kvmi_pf_done(vcpu, ev, !rpl);
+	case KVMI_VCPU_EVENT_HYPERCALL:
+	case KVMI_VCPU_EVENT_CR:
+	case KVMI_VCPU_EVENT_XSETBV:
+	case KVMI_VCPU_EVENT_DESCRIPTOR:
+	case KVMI_VCPU_EVENT_MSR:
+		return kvmi_arch_exits_event_done(vcpu, ev, rpl);
 	default:
 		return 1;
 	}

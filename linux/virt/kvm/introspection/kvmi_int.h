@@ -252,5 +252,22 @@ int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
 			    struct kvmi_vcpu_get_registers_reply *rpl,
 			    size_t *rpl_size);
 u64 kvmi_arch_translate_gva(struct kvm_vcpu *vcpu, u64 gva);
+int kvmi_arch_control_desc(struct kvm_vcpu *vcpu, bool enable);
+void kvmi_arch_exits_cleanup(struct kvm_vcpu *vcpu);
+int kvmi_arch_exits_event_done(struct kvm_vcpu *vcpu,
+			       const struct kvmi_event *ev, const void *rpl);
+void kvmi_arch_vcpu_free(struct kvmi_vcpu_arch *arch);
+
+/* Handlers of commands, see struct kvmi_vcpu_cmd */
+#define KVMI_ARCH_VCPU_CMD(name)					\
+	int kvmi_arch_##name(struct kvm_vcpu *vcpu, const void *req,	\
+			     size_t req_size, void *rpl, size_t *rpl_size)
+KVMI_ARCH_VCPU_CMD(get_cpuid);
+KVMI_ARCH_VCPU_CMD(get_xcr);
+KVMI_ARCH_VCPU_CMD(get_xsave);
+KVMI_ARCH_VCPU_CMD(set_xsave);
+KVMI_ARCH_VCPU_CMD(get_mtrr_type);
+KVMI_ARCH_VCPU_CMD(control_cr);
+KVMI_ARCH_VCPU_CMD(control_msr);
 
 #endif

@@ -97,6 +97,23 @@ static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
 		.actions = CONTINUE | RETRY | CRASH,
 	},
 	/* [exits] */
+	[KVMI_VCPU_EVENT_HYPERCALL] = {
+		.actions = CONTINUE | CRASH,
+	},
+	[KVMI_VCPU_EVENT_CR] = {
+		.actions = CONTINUE | CRASH,
+		.reply_size = sizeof(struct kvmi_vcpu_event_cr_reply),
+	},
+	[KVMI_VCPU_EVENT_XSETBV] = {
+		.actions = CONTINUE | CRASH,
+	},
+	[KVMI_VCPU_EVENT_DESCRIPTOR] = {
+		.actions = CONTINUE | RETRY | CRASH,
+	},
+	[KVMI_VCPU_EVENT_MSR] = {
+		.actions = CONTINUE | CRASH,
+		.reply_size = sizeof(struct kvmi_vcpu_event_msr_reply),
+	},
 	/* [step] */
 	[KVMI_VCPU_EVENT_PF] = {
 		.actions = CONTINUE | RETRY | CRASH,
@@ -236,6 +253,7 @@ out_unlock:
 void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv)
 {
 	kvmi_free_jobs(&kv->jobs);
+	kvmi_arch_vcpu_free(&kv->arch);
 	kfree(kv->out.msg);
 	kfree(kv);
 }
@@ -273,6 +291,8 @@ static int kvmi_vcpu_control_events(struct kvm_vcpu *vcpu, const void *_req,
 
 	if (req->event_id == KVMI_VCPU_EVENT_BREAKPOINT)
 		err = kvmi_arch_control_bp(vcpu, req->enable);
+	else if (req->event_id == KVMI_VCPU_EVENT_DESCRIPTOR)
+		err = kvmi_arch_control_desc(vcpu, req->enable);
 	if (!err)
 		assign_bit(req->event_id, vcpu->kvmi->events, req->enable);
 
@@ -339,6 +359,19 @@ static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
 	KVMI_VCPU_CMD(KVMI_VCPU_TRANSLATE_GVA, kvmi_vcpu_translate_gva,
 		      sizeof(struct kvmi_vcpu_translate_gva)),
 	/* [exits] */
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_CPUID, kvmi_arch_get_cpuid,
+		      sizeof(struct kvmi_vcpu_get_cpuid)),
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_XCR, kvmi_arch_get_xcr,
+		      sizeof(struct kvmi_vcpu_get_xcr)),
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_XSAVE, kvmi_arch_get_xsave, 0),
+	KVMI_VCPU_CMD(KVMI_VCPU_SET_XSAVE, kvmi_arch_set_xsave,
+		      sizeof(struct kvmi_vcpu_set_xsave)),
+	KVMI_VCPU_CMD(KVMI_VCPU_GET_MTRR_TYPE, kvmi_arch_get_mtrr_type,
+		      sizeof(struct kvmi_vcpu_get_mtrr_type)),
+	KVMI_VCPU_CMD(KVMI_VCPU_CONTROL_CR, kvmi_arch_control_cr,
+		      sizeof(struct kvmi_vcpu_control_cr)),
+	KVMI_VCPU_CMD(KVMI_VCPU_CONTROL_MSR, kvmi_arch_control_msr,
+		      sizeof(struct kvmi_vcpu_control_msr)),
 
 	/* [step] */
 };

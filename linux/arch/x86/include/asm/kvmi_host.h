@@ -2,11 +2,20 @@
 #ifndef _ASM_X86_KVMI_HOST_H
 #define _ASM_X86_KVMI_HOST_H
 
+#include <linux/bitmap.h>
 #include <linux/types.h>
 #include <asm/text-patching.h>
 
 /* What a tool writes over an instruction to be told */
 #define KVMI_BREAKPOINT_BYTE INT3_INSN_OPCODE
+
+/* MSRs 0..0x1fff and 0xc0000000..0xc0001fff */
+#define KVMI_NUM_MSRS 0x2000
+
+struct kvmi_msr_map {
+	DECLARE_BITMAP(low, KVMI_NUM_MSRS);
+	DECLARE_BITMAP(high, KVMI_NUM_MSRS);
+};
 
 /* The access to a restricted page that is being dealt with */
 struct kvmi_pf {
@@ -27,6 +36,19 @@ struct kvmi_pf {
 struct kvmi_vcpu_arch {
 	bool intercept_bp;
 	struct kvmi_pf pf;
+
+	u8 intercept_crs;		/* a bit for each CR */
+	bool intercept_desc;
+	struct kvmi_msr_map *intercept_msrs;	/* NULL: never needed */
+
+	/* The instruction that the open event is about */
+	unsigned long rip;
+	bool emulated;			/* the emulator has come to it */
+	bool cr3_noflush;
+	/* While it is completed: the id of the event, and what is written */
+	u16 completing;
+	u32 target;			/* the number of the CR or the MSR */
+	u64 value;
 };
 
 #endif /* _ASM_X86_KVMI_HOST_H */

@@ -54,6 +54,13 @@ struct kvmi_vcpu_event_breakpoint {
 	__u8 padding[7];
 };
 
+/*
+ * KVMI_VCPU_EVENT_HYPERCALL: RAX (EAX) is the first; RDI (EBX) is the second,
+ * RSI (ECX) is 0.
+ */
+#define KVM_HC_XEN_HVM_OP                        34
+#define KVM_HC_XEN_HVM_OP_GUEST_REQUEST_VM_EVENT 24
+
 /* KVMI_VCPU_GET_CPUID */
 struct kvmi_vcpu_get_cpuid {
 	__u32 function;

@@ -54,7 +54,10 @@ static const u16 vm_commands[] = {
 
 static const u16 vcpu_commands[] = {
 	KVMI_VCPU_GET_INFO, KVMI_VCPU_CONTROL_EVENTS, KVMI_VCPU_GET_REGISTERS,
-	KVMI_VCPU_SET_REGISTERS, KVMI_VCPU_TRANSLATE_GVA
+	KVMI_VCPU_SET_REGISTERS, KVMI_VCPU_TRANSLATE_GVA,
+	KVMI_VCPU_GET_CPUID, KVMI_VCPU_CONTROL_CR, KVMI_VCPU_GET_XCR,
+	KVMI_VCPU_GET_XSAVE, KVMI_VCPU_SET_XSAVE, KVMI_VCPU_GET_MTRR_TYPE,
+	KVMI_VCPU_CONTROL_MSR
 };
 
 static const u16 free_commands[] = {
@@ -62,8 +65,9 @@ static const u16 free_commands[] = {
 };
 
 static const u16 known_events[] = {
-	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE,
-	KVMI_VCPU_EVENT_BREAKPOINT, KVMI_VCPU_EVENT_PF
+	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE, KVMI_VCPU_EVENT_BREAKPOINT,
+	KVMI_VCPU_EVENT_HYPERCALL, KVMI_VCPU_EVENT_CR, KVMI_VCPU_EVENT_XSETBV,
+	KVMI_VCPU_EVENT_DESCRIPTOR, KVMI_VCPU_EVENT_MSR, KVMI_VCPU_EVENT_PF
 };
 
 struct msg {
@@ -78,6 +82,10 @@ struct event {
 	union {
 		struct kvmi_vcpu_event_breakpoint bp;
 		struct kvmi_vcpu_event_pf pf;
+		struct kvmi_vcpu_event_cr cr;
+		struct kvmi_vcpu_event_msr msr;
+		struct kvmi_vcpu_event_xsetbv xsetbv;
+		struct kvmi_vcpu_event_descriptor desc;
 	};
 };
 
@@ -182,6 +190,189 @@ static void guest_halt(void)
 	WRITE_ONCE(counter, 1);
 	asm volatile("sti; hlt; cli" : : : "memory");
 	WRITE_ONCE(counter, 2);
+	GUEST_DONE();
+}
+
+/* Does one thing after the other as it is told */
+enum {
+	OP_NONE,
+	OP_CR,
+	OP_LMSW,
+	OP_CR4_SKIP,
+	OP_WRMSR,
+	OP_HYPERCALL,
+	OP_XSETBV,
+	OP_DESC_STORE,
+	OP_DESC_LOAD,
+	OP_XMM_SET,
+	OP_XMM_GET,
+};
+
+static u64 op;
+static u64 op_target;
+static u64 op_arg;
+static u64 op_repeat;
+static u64 fault;
+
+extern u8 cr4_next[], cr4_skip[];
+
+static void guest_cr(u64 cr, u64 val)
+{
+	switch (cr) {
+	case 0:
+		fault = kvm_asm_safe("mov %[val], %%cr0", [val] "r"(val));
+		result = get_cr0();
+		break;
+	case 3:
+		fault = kvm_asm_safe("mov %[val], %%cr3", [val] "r"(val));
+		result = get_cr3();
+		break;
+	case 4:
+		fault = kvm_asm_safe("mov %[val], %%cr4", [val] "r"(val));
+		result = get_cr4();
+		break;
+	}
+}
+
+static noinline void guest_cr4_skip(u64 val)
+{
+	u64 rbx = 1;
+
+	asm volatile("mov %1, %%cr4\n"
+		     "cr4_next: mov $2, %%ebx\n"
+		     "cr4_skip: nop" : "+b"(rbx) : "a"(val) : "memory");
+	result = rbx;
+}
+
+static u64 guest_request(u64 arg)
+{
+	u64 rax = KVM_HC_XEN_HVM_OP;
+
+	if (host_cpu_is_intel)
+		asm volatile("vmcall" : "+a"(rax) :
+			     "D"(KVM_HC_XEN_HVM_OP_GUEST_REQUEST_VM_EVENT),
+			     "S"(arg) : "memory");
+	else
+		asm volatile("vmmcall" : "+a"(rax) :
+			     "D"(KVM_HC_XEN_HVM_OP_GUEST_REQUEST_VM_EVENT),
+			     "S"(arg) : "memory");
+	return rax;
+}
+
+static void guest_desc_store(u64 desc)
+{
+	struct desc_ptr dt = {};
+	u16 sel = 0;
+
+	switch (desc) {
+	case KVMI_DESC_IDTR:
+		asm volatile("sidt %0" : "=m"(dt));
+		result = dt.address;
+		break;
+	case KVMI_DESC_GDTR:
+		asm volatile("sgdt %0" : "=m"(dt));
+		result = dt.address;
+		break;
+	case KVMI_DESC_LDTR:
+		asm volatile("sldt %0" : "=m"(sel));
+		result = sel;
+		break;
+	case KVMI_DESC_TR:
+		asm volatile("str %0" : "=m"(sel));
+		result = sel;
+		break;
+	}
+}
+
+static struct desc_ptr saved_idt, saved_gdt;
+static u16 saved_tr;
+
+/* What it is already */
+static void guest_desc_load(u64 desc)
+{
+	u64 *gdt;
+
+	switch (desc) {
+	case KVMI_DESC_IDTR:
+		asm volatile("lidt %0" : : "m"(saved_idt));
+		break;
+	case KVMI_DESC_GDTR:
+		asm volatile("lgdt %0" : : "m"(saved_gdt));
+		break;
+	case KVMI_DESC_LDTR:
+		asm volatile("lldt %0" : : "r"((u16)0));
+		break;
+	case KVMI_DESC_TR:
+		/* Not busy any more */
+		gdt = (void *)saved_gdt.address;
+		gdt[saved_tr / 8] &= ~BIT_ULL(41);
+		fault = kvm_asm_safe("ltr %w[sel]", [sel] "r"(saved_tr));
+		break;
+	}
+	result = desc;
+}
+
+static void guest_do(u64 what, u64 target, u64 arg)
+{
+	switch (what) {
+	case OP_CR:
+		guest_cr(target, arg);
+		break;
+	case OP_LMSW:
+		fault = kvm_asm_safe("lmsw %w[val]", [val] "r"(arg));
+		result = get_cr0();
+		break;
+	case OP_CR4_SKIP:
+		guest_cr4_skip(arg);
+		break;
+	case OP_WRMSR:
+		fault = wrmsr_safe(target, arg);
+		if (rdmsr_safe(target, &result))
+			result = -1ull;
+		break;
+	case OP_HYPERCALL:
+		result = guest_request(arg);
+		break;
+	case OP_XSETBV:
+		fault = xsetbv_safe(target, arg);
+		result = xgetbv(0);
+		break;
+	case OP_DESC_STORE:
+		guest_desc_store(target);
+		break;
+	case OP_DESC_LOAD:
+		guest_desc_load(target);
+		break;
+	case OP_XMM_SET:
+		asm volatile("movq %0, %%xmm15" : : "r"(arg));
+		break;
+	case OP_XMM_GET:
+		asm volatile("movq %%xmm15, %0" : "=r"(result));
+		break;
+	}
+}
+
+static void guest_serve(void)
+{
+	u64 i, what;
+	u32 regs[4];
+
+	asm volatile("sidt %0" : "=m"(saved_idt));
+	asm volatile("sgdt %0" : "=m"(saved_gdt));
+	asm volatile("str %0" : "=m"(saved_tr));
+	if (this_cpu_has(X86_FEATURE_XSAVE))
+		set_cr4(get_cr4() | X86_CR4_OSXSAVE);
+	while (!READ_ONCE(stop)) {
+		what = READ_ONCE(op);
+		for (i = 0; what && i <= op_repeat; i++)
+			guest_do(what, op_target,
+				 i & 1 ? op_arg ^ op_repeat : op_arg);
+		if (what) {
+			WRITE_ONCE(counter, counter + 1);
+			WRITE_ONCE(op, OP_NONE);
+		}
+		__cpuid(0, 0, &regs[0], &regs[1], &regs[2], &regs[3]);
+	}
 	GUEST_DONE();
 }
 
@@ -757,6 +948,18 @@ static void get_any_event(struct event *ev)
 	case KVMI_VCPU_EVENT_PF:
 		data = sizeof(ev->pf);
 		break;
+	case KVMI_VCPU_EVENT_CR:
+		data = sizeof(ev->cr);
+		break;
+	case KVMI_VCPU_EVENT_MSR:
+		data = sizeof(ev->msr);
+		break;
+	case KVMI_VCPU_EVENT_XSETBV:
+		data = sizeof(ev->xsetbv);
+		break;
+	case KVMI_VCPU_EVENT_DESCRIPTOR:
+		data = sizeof(ev->desc);
+		break;
 	}
 	TEST_ASSERT_EQ(ev->hdr.size, VCPU_EVENT_SIZE + data);
 	TEST_ASSERT_EQ(ev->common.size, sizeof(ev->common));
@@ -799,6 +1002,16 @@ static void reply(const struct event *ev, u8 action)
 
 	make_event_reply(&rpl, ev, action);
 	send_event_reply(ev, &rpl);
+}
+
+/* For events whose reply says what is to be written */
+static void reply_value(const struct event *ev, u8 action, u64 val)
+{
+	struct event_reply rpl;
+
+	make_event_reply(&rpl, ev, action);
+	memcpy(rpl.excess, &val, sizeof(val));
+	send_msg_seq(KVMI_VCPU_EVENT, ev->hdr.seq, &rpl, sizeof(rpl));
 }
 
 #define reply_continue(ev) reply(ev, KVMI_EVENT_ACTION_CONTINUE)
@@ -1575,7 +1788,8 @@ KVM_ONE_VCPU_TEST(kvmi, message_too_short, guest_count)
 			   -KVM_EINVAL);
 		assert_err(__command(vcpu_commands[i], zeroes, 7, NULL, 0),
 			   -KVM_EINVAL);
-		if (vcpu_commands[i] == KVMI_VCPU_GET_INFO)
+		if (vcpu_commands[i] == KVMI_VCPU_GET_INFO ||
+		    vcpu_commands[i] == KVMI_VCPU_GET_XSAVE)
 			continue;
 		assert_err(__command(vcpu_commands[i], zeroes, 8, NULL, 0),
 			   -KVM_EINVAL);
@@ -3672,6 +3886,889 @@ KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log, guest_journal)
 
 /* Intercepted instructions */
 
+static int control_cr(u16 vcpu, u8 cr, u8 enable)
+{
+	struct kvmi_vcpu_control_cr req = { .cr = cr, .enable = enable };
+
+	return vcpu_command(KVMI_VCPU_CONTROL_CR, vcpu, &req);
+}
+
+static int control_msr(u16 vcpu, u32 msr, u8 enable)
+{
+	struct kvmi_vcpu_control_msr req = { .msr = msr, .enable = enable };
+
+	return vcpu_command(KVMI_VCPU_CONTROL_MSR, vcpu, &req);
+}
+
+static void begin_op(struct kvm_vm *vm, u64 what, u64 target, u64 arg,
+		     u64 repeat)
+{
+	guest_write(vm, fault, 0);
+	guest_write(vm, result, 0);
+	guest_write(vm, op_target, target);
+	guest_write(vm, op_arg, arg);
+	guest_write(vm, op_repeat, repeat);
+	guest_write(vm, op, what);
+}
+
+static u64 end_op(struct kvm_vm *vm)
+{
+	wait_for(guest_read(vm, op) == OP_NONE);
+	return guest_read(vm, result);
+}
+
+static u64 do_op(struct kvm_vm *vm, u64 what, u64 target, u64 arg)
+{
+	begin_op(vm, what, target, arg, 0);
+	return end_op(vm);
+}
+
+/* Asserts that there is no event, too: it would not return */
+#define assert_op(vm, what, target, arg, res)				\
+do {									\
+	TEST_ASSERT_EQ(do_op(vm, what, target, arg), (u64)(res));	\
+	TEST_ASSERT_EQ(guest_read(vm, fault), 0);			\
+} while (0)
+
+/* An instruction that changes something from one value to another */
+struct insn {
+	u16 event;
+	u64 op;
+	u64 target;
+	u64 old;
+	u64 new;
+};
+
+#define CR_INSN(cr, bit) { KVMI_VCPU_EVENT_CR, OP_CR, cr, 0, bit }
+#define MSR_INSN(msr, old, new)						\
+	{ KVMI_VCPU_EVENT_MSR, OP_WRMSR, msr, old, new }
+
+static const struct insn insns[] = {
+	CR_INSN(0, X86_CR0_WP),
+	CR_INSN(3, BIT(3)),
+	CR_INSN(4, X86_CR4_DE),		/* the guest's own on Intel */
+	CR_INSN(4, X86_CR4_UMIP),
+	MSR_INSN(MSR_KERNEL_GS_BASE, 0x1000, 0x2000),
+	MSR_INSN(MSR_FS_BASE, 0x1000, 0x2000),
+	MSR_INSN(MSR_IA32_SYSENTER_CS, 8, 16),
+	MSR_INSN(MSR_IA32_CR_PAT, 0x0007040600070406, 0x0007040600070400),
+	MSR_INSN(MSR_LSTAR, 0x1000, 0x2000),
+	{ KVMI_VCPU_EVENT_XSETBV, OP_XSETBV, 0, 1, 3 },
+	{ KVMI_VCPU_EVENT_HYPERCALL, OP_HYPERCALL, 0, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_LOAD, KVMI_DESC_IDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_LOAD, KVMI_DESC_GDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_LOAD, KVMI_DESC_LDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_LOAD, KVMI_DESC_TR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_STORE, KVMI_DESC_IDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_STORE, KVMI_DESC_GDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_STORE, KVMI_DESC_LDTR, 0, 0 },
+	{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_STORE, KVMI_DESC_TR, 0, 0 },
+};
+
+/* Completes old and new, and sets the guest up; false: can't be tested */
+static bool prepare_insn(struct kvm_vm *vm, struct insn *insn)
+{
+	u64 cr, saved;
+
+	switch (insn->op) {
+	case OP_CR:
+		if (insn->new == X86_CR4_UMIP && !kvm_cpu_has(X86_FEATURE_UMIP))
+			return false;
+		/* Writes 0: fails, but tells the value; CR3 must be valid */
+		if (insn->target == 3) {
+			cr = vm->pgd;
+		} else {
+			cr = do_op(vm, OP_CR, insn->target, insn->target ?
+				   0 : X86_CR0_PG);
+			TEST_ASSERT_EQ(guest_read(vm, fault), GP_VECTOR);
+			/* As it is from the first write on */
+			if (!insn->target)
+				cr |= X86_CR0_ET;
+		}
+		insn->old = cr & ~insn->new;
+		insn->new |= cr;
+		break;
+	case OP_XSETBV:
+		if (!kvm_cpu_has(X86_FEATURE_XSAVE))
+			return false;
+		break;
+	case OP_DESC_LOAD:
+		insn->old = insn->new = insn->target;
+		return true;
+	case OP_DESC_STORE:
+		saved = do_op(vm, insn->op, insn->target, 0);
+		insn->old = insn->new = saved;
+		return true;
+	case OP_HYPERCALL:
+		insn->old = -KVM_ENOSYS;
+		return true;
+	}
+	assert_op(vm, insn->op, insn->target, insn->old, insn->old);
+	return true;
+}
+
+static void control_insn(struct insn *insn, u8 enable)
+{
+	if (insn->event == KVMI_VCPU_EVENT_CR)
+		assert_err(control_cr(0, insn->target, enable), 0);
+	if (insn->event == KVMI_VCPU_EVENT_MSR)
+		assert_err(control_msr(0, insn->target, enable), 0);
+}
+
+static void enable_insn(struct insn *insn, u8 enable)
+{
+	assert_err(control_event(0, insn->event, enable), 0);
+	control_insn(insn, enable);
+}
+
+static void begin_insn(struct kvm_vm *vm, struct insn *insn)
+{
+	begin_op(vm, insn->op, insn->target,
+		 insn->op == OP_HYPERCALL ? 0 : insn->new, 0);
+}
+
+static void end_insn(struct kvm_vm *vm, u64 res)
+{
+	TEST_ASSERT_EQ(end_op(vm), res);
+	TEST_ASSERT_EQ(guest_read(vm, fault), 0);
+}
+
+/* To the same state as before begin_insn() */
+static void undo_insn(struct kvm_vm *vm, struct insn *insn)
+{
+	if (insn->op != OP_HYPERCALL)
+		assert_op(vm, insn->op, insn->target, insn->old, insn->old);
+}
+
+static void get_insn_event(struct kvm_vm *vm, struct insn *insn,
+			   struct event *ev)
+{
+	u64 old, new;
+
+	get_event(ev, insn->event, 0);
+	TEST_ASSERT_EQ(guest_read(vm, op), insn->op);
+	switch (insn->event) {
+	case KVMI_VCPU_EVENT_CR:
+		TEST_ASSERT_EQ(ev->cr.cr, insn->target);
+		old = ev->cr.old_value;
+		new = ev->cr.new_value;
+		break;
+	case KVMI_VCPU_EVENT_MSR:
+		TEST_ASSERT_EQ(ev->msr.msr, insn->target);
+		TEST_ASSERT_EQ(ev->msr.padding, 0);
+		old = ev->msr.old_value;
+		new = ev->msr.new_value;
+		break;
+	case KVMI_VCPU_EVENT_XSETBV:
+		TEST_ASSERT_EQ(ev->xsetbv.xcr, 0);
+		old = ev->xsetbv.old_value;
+		new = ev->xsetbv.new_value;
+		break;
+	case KVMI_VCPU_EVENT_DESCRIPTOR:
+		TEST_ASSERT_EQ(ev->desc.descriptor, insn->target);
+		TEST_ASSERT_EQ(ev->desc.write, insn->op == OP_DESC_LOAD);
+		return;
+	default:
+		return;
+	}
+	TEST_ASSERT_EQ(old, insn->old);
+	TEST_ASSERT_EQ(new, insn->new);
+}
+
+static bool has_value(const struct insn *insn)
+{
+	return insn->event == KVMI_VCPU_EVENT_CR ||
+	       insn->event == KVMI_VCPU_EVENT_MSR;
+}
+
+static void continue_insn(const struct event *ev, const struct insn *insn)
+{
+	if (has_value(insn))
+		reply_value(ev, KVMI_EVENT_ACTION_CONTINUE, insn->new);
+	else
+		reply_continue(ev);
+}
+
+typedef void (*insn_test_t)(struct runner *r, struct insn *insn);
+
+/* In one session each */
+static void for_each_insn(struct kvm_vcpu *vcpu, insn_test_t test)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct insn insn;
+	struct runner r;
+	int i;
+
+	start(&r, vcpu);
+	for (i = 0; i < ARRAY_SIZE(insns); i++) {
+		insn = insns[i];
+		pr_debug("event %u op %lu target %lx\n", insn.event,
+			 (unsigned long)insn.op, (unsigned long)insn.target);
+		hook(vm);
+		if (prepare_insn(vm, &insn))
+			test(&r, &insn);
+		unhook(vm);
+	}
+	stop_guest(&r);
+}
+
+static void test_insn(struct runner *r, struct insn *insn)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+	struct event ev;
+
+	/* One without the other is nothing */
+	if (has_value(insn)) {
+		assert_err(control_event(0, insn->event, 1), 0);
+		begin_insn(vm, insn);
+		end_insn(vm, insn->new);
+		undo_insn(vm, insn);
+		assert_err(control_event(0, insn->event, 0), 0);
+		control_insn(insn, 1);
+		begin_insn(vm, insn);
+		end_insn(vm, insn->new);
+		undo_insn(vm, insn);
+	}
+
+	enable_insn(insn, 1);
+	/* Nothing changes */
+	if (insn->old != insn->new && insn->op != OP_HYPERCALL)
+		undo_insn(vm, insn);
+
+	begin_insn(vm, insn);
+	get_insn_event(vm, insn, &ev);
+	assert_quiet();
+	continue_insn(&ev, insn);
+	end_insn(vm, insn->new);
+
+	/* Back, with an event */
+	if (has_value(insn)) {
+		begin_op(vm, insn->op, insn->target, insn->old, 0);
+		get_event(&ev, insn->event, 0);
+		/* Refused */
+		reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, insn->new);
+		end_insn(vm, insn->new);
+		begin_op(vm, insn->op, insn->target, insn->old, 0);
+		get_event(&ev, insn->event, 0);
+		reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, insn->old);
+		end_insn(vm, insn->old);
+	}
+
+	/* The guest gets what is wrong with the tool's value */
+	if (insn->op == OP_CR && insn->target != 3) {
+		begin_insn(vm, insn);
+		get_insn_event(vm, insn, &ev);
+		reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, BIT_ULL(40));
+		TEST_ASSERT_EQ(end_op(vm), insn->old);
+		TEST_ASSERT_EQ(guest_read(vm, fault), GP_VECTOR);
+	}
+
+	enable_insn(insn, 0);
+	if (insn->op == OP_XSETBV)
+		undo_insn(vm, insn);
+	begin_insn(vm, insn);
+	end_insn(vm, insn->op == OP_HYPERCALL ? insn->old : insn->new);
+	undo_insn(vm, insn);
+	assert_quiet();
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn, guest_serve)
+{
+	for_each_insn(vcpu, test_insn);
+}
+
+static void test_insn_retry(struct runner *r, struct insn *insn)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+	struct event ev;
+	u64 rip;
+
+	if (insn->event != KVMI_VCPU_EVENT_DESCRIPTOR)
+		return;
+
+	enable_insn(insn, 1);
+	begin_insn(vm, insn);
+	get_insn_event(vm, insn, &ev);
+	rip = ev.common.arch.regs.rip;
+	reply_retry(&ev);
+	get_insn_event(vm, insn, &ev);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip, rip);
+	enable_insn(insn, 0);
+	reply_retry(&ev);
+	end_insn(vm, insn->new);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_retry, guest_serve)
+{
+	for_each_insn(vcpu, test_insn_retry);
+}
+
+static void test_insn_crash(struct runner *r, struct insn *insn)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+	struct event ev;
+
+	enable_insn(insn, 1);
+	begin_insn(vm, insn);
+	get_insn_event(vm, insn, &ev);
+	if (has_value(insn))
+		reply_value(&ev, KVMI_EVENT_ACTION_CRASH, insn->new);
+	else
+		reply_crash(&ev);
+	assert_crashed(r);
+
+	/* It has not been done; XSETBV has */
+	start(r, r->vcpu);
+	if (insn->op != OP_XSETBV) {
+		get_insn_event(vm, insn, &ev);
+		continue_insn(&ev, insn);
+	}
+	end_insn(vm, insn->new);
+	enable_insn(insn, 0);
+	undo_insn(vm, insn);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_crash, guest_serve)
+{
+	for_each_insn(vcpu, test_insn_crash);
+}
+
+/* The tool goes: the guest does what it wanted, and what it does next */
+static void test_insn_gone(struct runner *r, struct insn *insn)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+	struct event ev;
+
+	enable_insn(insn, 1);
+	begin_insn(vm, insn);
+	get_insn_event(vm, insn, &ev);
+	tool_close();
+	end_insn(vm, insn->op == OP_HYPERCALL ? insn->old : insn->new);
+	undo_insn(vm, insn);
+	begin_insn(vm, insn);
+	end_insn(vm, insn->op == OP_HYPERCALL ? insn->old : insn->new);
+	undo_insn(vm, insn);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_tool_gone, guest_serve)
+{
+	for_each_insn(vcpu, test_insn_gone);
+}
+
+/* A signal in between is not noticed */
+static void test_insn_signal(struct runner *r, struct insn *insn)
+{
+	struct kvm_vm *vm = r->vcpu->vm;
+	struct event ev;
+
+	enable_insn(insn, 1);
+	begin_insn(vm, insn);
+	get_insn_event(vm, insn, &ev);
+	interrupt(r);
+	start(r, r->vcpu);
+	assert_quiet();
+	continue_insn(&ev, insn);
+	end_insn(vm, insn->new);
+	enable_insn(insn, 0);
+	undo_insn(vm, insn);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_signal, guest_serve)
+{
+	for_each_insn(vcpu, test_insn_signal);
+}
+
+static u64 insn_exits(struct kvm_vm *vm, int stats, struct insn *insn)
+{
+	u64 exits = get_exits(stats);
+
+	begin_op(vm, insn->op, insn->target, insn->new,
+		 insn->new ^ insn->old ?: 1000);
+	end_op(vm);
+	return get_exits(stats) - exits;
+}
+
+/* The interception goes with the session, unless it is told to stay */
+static void test_insn_cleanup(struct kvm_vcpu *vcpu, bool cleanup)
+{
+	/* Those that KVM does not intercept for itself */
+	struct insn tested[] = {
+		{ KVMI_VCPU_EVENT_CR, OP_CR, 3, 0, 1000 },
+		MSR_INSN(MSR_KERNEL_GS_BASE, 0x1000, 0x1000 ^ 1000),
+		{ KVMI_VCPU_EVENT_DESCRIPTOR, OP_DESC_STORE, KVMI_DESC_IDTR,
+		  0, 0 },
+	};
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int stats, i;
+	u64 exits;
+
+	tested[0].old = tested[0].new = vm->pgd;
+	/* Not while the vCPU runs */
+	stats = vcpu_get_stats_fd(vcpu);
+	start(&r, vcpu);
+	do_op(vm, OP_XMM_GET, 0, 0);
+	for (i = 0; i < ARRAY_SIZE(tested); i++) {
+		/* The same value: no event, but exits */
+		bool desc = tested[i].event == KVMI_VCPU_EVENT_DESCRIPTOR;
+
+		exits = insn_exits(vm, stats, &tested[i]);
+		TEST_ASSERT(exits < 500, "case %d: %lu exits without a tool", i,
+			    (unsigned long)exits);
+		hook(vm);
+		if (!cleanup)
+			assert_err(control_cleanup(0), 0);
+		enable_insn(&tested[i], 1);
+		if (!desc) {
+			assert_err(control_event(0, tested[i].event, 0), 0);
+			exits = insn_exits(vm, stats, &tested[i]);
+			TEST_ASSERT(exits > 900, "case %d: %lu exits", i,
+				    (unsigned long)exits);
+		}
+		unhook(vm);
+		exits = insn_exits(vm, stats, &tested[i]);
+		TEST_ASSERT(cleanup ? exits < 500 : exits > 900,
+			    "case %d: %lu exits afterwards", i,
+			    (unsigned long)exits);
+		if (!cleanup) {
+			/* Nor is it forgotten how to end that */
+			hook(vm);
+			enable_insn(&tested[i], 0);
+			unhook(vm);
+			exits = insn_exits(vm, stats, &tested[i]);
+			TEST_ASSERT(exits < 500, "case %d: %lu exits at last",
+				    i, (unsigned long)exits);
+		}
+	}
+	close(stats);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_cleanup, guest_serve)
+{
+	test_insn_cleanup(vcpu, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_insn_cleanup_off, guest_serve)
+{
+	test_insn_cleanup(vcpu, false);
+}
+
+/* A reply without its value, or with one too many, ends the session */
+KVM_ONE_VCPU_TEST(kvmi, event_insn_bad_reply, guest_serve)
+{
+	struct insn msr = MSR_INSN(MSR_KERNEL_GS_BASE, 0x1000, 0x2000);
+	struct insn cr = CR_INSN(4, X86_CR4_DE);
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start(&r, vcpu);
+	hook(vm);
+	TEST_ASSERT(prepare_insn(vm, &msr) && prepare_insn(vm, &cr), "insns");
+	enable_insn(&msr, 1);
+	begin_insn(vm, &msr);
+	get_insn_event(vm, &msr, &ev);
+	reply_continue(&ev);
+	assert_closed();
+	end_insn(vm, msr.new);
+	unhook(vm);
+
+	hook(vm);
+	enable_insn(&cr, 1);
+	begin_insn(vm, &cr);
+	get_insn_event(vm, &cr, &ev);
+	reply_value(&ev, KVMI_EVENT_ACTION_RETRY, cr.new);
+	assert_closed();
+	end_insn(vm, cr.new);
+	unhook(vm);
+
+	hook(vm);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_HYPERCALL, 1), 0);
+	begin_op(vm, OP_HYPERCALL, 0, 0, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_HYPERCALL, 0);
+	reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, 0);
+	assert_closed();
+	end_insn(vm, -KVM_ENOSYS);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+/* Registers that the tool sets; the instruction is stepped over all the same */
+KVM_ONE_VCPU_TEST(kvmi, event_cr_set_rip, guest_serve)
+{
+	struct insn insn = CR_INSN(4, X86_CR4_DE);
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+
+	start(&r, vcpu);
+	hook(vm);
+	TEST_ASSERT(prepare_insn(vm, &insn), "CR4.DE");
+	enable_insn(&insn, 1);
+	begin_op(vm, OP_CR4_SKIP, 0, insn.new, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_CR, 0);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip + 3, (u64)cr4_next);
+	reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, insn.old);
+	end_insn(vm, 2);
+
+	begin_op(vm, OP_CR4_SKIP, 0, insn.new, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_CR, 0);
+	regs = ev.common.arch.regs;
+	regs.rip += cr4_skip - cr4_next;
+	regs.rbx = 7;
+	/* Not the one that is written */
+	regs.rax = 0;
+	assert_err(set_registers(0, &regs), 0);
+	reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, insn.old);
+	end_insn(vm, 7);
+	unhook(vm);
+	assert_op(vm, OP_CR, 4, insn.old, insn.old);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_cr_lmsw, guest_serve)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct insn insn = CR_INSN(0, X86_CR0_EM);
+	struct event ev;
+	struct runner r;
+
+	start(&r, vcpu);
+	hook(vm);
+	TEST_ASSERT(prepare_insn(vm, &insn), "CR0.EM");
+	enable_insn(&insn, 1);
+	begin_op(vm, OP_LMSW, 0, insn.new & 0xf, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_CR, 0);
+	TEST_ASSERT_EQ(ev.cr.cr, 0);
+	TEST_ASSERT_EQ(ev.cr.old_value, insn.old);
+	TEST_ASSERT_EQ(ev.cr.new_value, insn.new);
+	reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, insn.old);
+	end_insn(vm, insn.old);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_cr_errors, guest_serve)
+{
+	struct kvmi_vcpu_control_cr req = { .cr = 4, .enable = 1 };
+	struct runner r;
+	int i;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	req.padding1 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_CR, 0, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_CR, 0, &req), -KVM_EINVAL);
+	assert_err(control_cr(0, 4, 2), -KVM_EINVAL);
+	for (i = 0; i < 256; i++)
+		assert_err(control_cr(0, i, 0),
+			   i == 0 || i == 3 || i == 4 ? 0 : -KVM_EINVAL);
+	/* Twice is not an error */
+	assert_err(control_cr(0, 3, 1), 0);
+	assert_err(control_cr(0, 3, 1), 0);
+	assert_err(control_cr(0, 3, 0), 0);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_control_msr_errors, guest_serve)
+{
+	struct kvmi_vcpu_control_msr req = { .msr = 0x10, .enable = 1 };
+	u64 bitmap = ~BIT_ULL(2);
+	struct kvm_msr_filter filter = {
+		.flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
+		.ranges[0] = {
+			.flags = KVM_MSR_FILTER_WRITE,
+			.base = MSR_IA32_SYSENTER_CS - 2,
+			.nmsrs = 3,
+			.bitmap = (u8 *)&bitmap,
+		},
+	};
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	req.padding1 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_MSR, 0, &req), -KVM_EINVAL);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_MSR, 0, &req), -KVM_EINVAL);
+	assert_err(control_msr(0, 0, 2), -KVM_EINVAL);
+	assert_err(control_msr(0, 0x2000, 1), -KVM_EINVAL);
+	assert_err(control_msr(0, 0x2000, 0), -KVM_EINVAL);
+	assert_err(control_msr(0, 0xbfffffff, 1), -KVM_EINVAL);
+	assert_err(control_msr(0, 0xc0002000, 1), -KVM_EINVAL);
+	assert_err(control_msr(0, 0xffffffff, 1), -KVM_EINVAL);
+	/* Before the first is enabled, too */
+	assert_err(control_msr(0, 0, 0), 0);
+	assert_err(control_msr(0, 0x1fff, 1), 0);
+	assert_err(control_msr(0, 0xc0000000, 1), 0);
+	assert_err(control_msr(0, 0xc0001fff, 1), 0);
+	assert_err(control_msr(0, 0xc0001fff, 1), 0);
+	assert_err(control_msr(0, 0xc0001fff, 0), 0);
+
+	vm_ioctl(vm, KVM_X86_SET_MSR_FILTER, &filter);
+	assert_err(control_msr(0, MSR_IA32_SYSENTER_CS, 1), -KVM_EPERM);
+	assert_err(control_msr(0, MSR_IA32_SYSENTER_CS, 0), 0);
+	assert_err(control_msr(0, MSR_IA32_SYSENTER_CS - 1, 1), 0);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* MSRs that KVM writes on a fast path */
+KVM_ONE_VCPU_TEST(kvmi, event_msr_x2apic, guest_serve)
+{
+	static const u32 msrs[] = { 0x808 /* TPR */, 0x830 /* ICR */ };
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	u64 val;
+	int i;
+
+	start(&r, vcpu);
+	val = 0xfee00000 | MSR_IA32_APICBASE_ENABLE | MSR_IA32_APICBASE_BSP |
+	      X2APIC_ENABLE;
+	assert_op(vm, OP_WRMSR, MSR_IA32_APICBASE, val, val);
+	hook(vm);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_MSR, 1), 0);
+	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
+		/* To nobody: logical, no destination */
+		val = msrs[i] == 0x830 ? 0x840 : 0x10;
+		assert_err(control_msr(0, msrs[i], 1), 0);
+		begin_op(vm, OP_WRMSR, msrs[i], val, 0);
+		get_event(&ev, KVMI_VCPU_EVENT_MSR, 0);
+		TEST_ASSERT_EQ(ev.msr.msr, msrs[i]);
+		TEST_ASSERT_EQ(ev.msr.new_value, val);
+		reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, val);
+		end_insn(vm, val);
+		assert_err(control_msr(0, msrs[i], 0), 0);
+		val ^= msrs[i] == 0x830 ? 0x100 : 0x30;
+		assert_op(vm, OP_WRMSR, msrs[i], val, val);
+	}
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Userspace, which wants MSRs that KVM lacks, gets what the tool has said */
+KVM_ONE_VCPU_TEST(kvmi, event_msr_user_space, guest_serve)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_enable_cap(vm, KVM_CAP_X86_USER_SPACE_MSR,
+		      KVM_MSR_EXIT_REASON_UNKNOWN);
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_MSR, 1), 0);
+	assert_err(control_msr(0, 0x1ffe, 1), 0);
+	begin_op(vm, OP_WRMSR, 0x1ffe, 5, 0);
+	get_event(&ev, KVMI_VCPU_EVENT_MSR, 0);
+	TEST_ASSERT_EQ(ev.msr.old_value, 0);
+	TEST_ASSERT_EQ(ev.msr.new_value, 5);
+	reply_value(&ev, KVMI_EVENT_ACTION_CONTINUE, 6);
+	join(&r);
+	TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_X86_WRMSR);
+	TEST_ASSERT_EQ(vcpu->run->msr.index, 0x1ffe);
+	TEST_ASSERT_EQ(vcpu->run->msr.data, 6);
+
+	/* It is read back */
+	start(&r, vcpu);
+	join(&r);
+	TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_X86_RDMSR);
+	vcpu->run->msr.data = 6;
+	start(&r, vcpu);
+	end_insn(vm, 6);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Another function of the same hypercall */
+KVM_ONE_VCPU_TEST(kvmi, event_hypercall_other, guest_serve)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_HYPERCALL, 1), 0);
+	assert_op(vm, OP_HYPERCALL, 0, 1, -KVM_ENOSYS);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_cpuid, guest_serve)
+{
+	struct kvmi_vcpu_get_cpuid_reply rpl;
+	struct kvm_cpuid_entry2 *entry;
+	struct kvmi_vcpu_get_cpuid req;
+	struct runner r;
+	int i;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	for (i = 0; i < vcpu->cpuid->nent; i++) {
+		entry = &vcpu->cpuid->entries[i];
+		req.function = entry->function;
+		req.index = entry->index;
+		assert_err(__vcpu_command(KVMI_VCPU_GET_CPUID, 0, &req,
+					  sizeof(req), &rpl, sizeof(rpl)), 0);
+		/* KVM follows the guest in these */
+		if (req.function == 1 || req.function == 7 ||
+		    req.function == 0xd)
+			continue;
+		TEST_ASSERT(rpl.eax == entry->eax && rpl.ebx == entry->ebx &&
+			    rpl.ecx == entry->ecx && rpl.edx == entry->edx,
+			    "leaf %x %x", req.function, req.index);
+	}
+	req.function = 0x3fffffff;
+	req.index = 0;
+	assert_err(vcpu_command(KVMI_VCPU_GET_CPUID, 0, &req), -KVM_ENOENT);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_xcr, guest_serve)
+{
+	struct kvmi_vcpu_get_xcr req = {};
+	struct kvmi_vcpu_get_xcr_reply rpl;
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	if (kvm_cpu_has(X86_FEATURE_XSAVE))
+		assert_op(vm, OP_XSETBV, 0, 3, 3);
+	assert_err(__vcpu_command(KVMI_VCPU_GET_XCR, 0, &req, sizeof(req),
+				  &rpl, sizeof(rpl)), 0);
+	if (kvm_cpu_has(X86_FEATURE_XSAVE))
+		TEST_ASSERT_EQ(rpl.value, 3);
+	req.xcr = 1;
+	assert_err(vcpu_command(KVMI_VCPU_GET_XCR, 0, &req), -KVM_EINVAL);
+	req.xcr = 0;
+	req.padding[6] = 1;
+	assert_err(vcpu_command(KVMI_VCPU_GET_XCR, 0, &req), -KVM_EINVAL);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* XMM15 in the FXSAVE area, and XSTATE_BV and XCOMP_BV behind it */
+#define XMM15(xsave)    (*(u64 *)((u8 *)(xsave) + 400))
+#define XSTATE_BV(xsave) (*(u64 *)((u8 *)(xsave) + 512))
+#define XCOMP_BV(xsave)  (*(u64 *)((u8 *)(xsave) + 520))
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_xsave, guest_serve)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_xsave xsave, old;
+	struct runner r;
+	u64 saved;
+
+	hook(vm);
+	start(&r, vcpu);
+	do_op(vm, OP_XMM_SET, 0, 0x1122334455667788);
+	assert_err(__vcpu_command(KVMI_VCPU_GET_XSAVE, 0, NULL, 0, &xsave,
+				  sizeof(xsave)), 0);
+	TEST_ASSERT_EQ(XMM15(&xsave), 0x1122334455667788);
+	assert_op(vm, OP_XMM_GET, 0, 0, 0x1122334455667788);
+
+	XMM15(&xsave) = 0x99;
+	assert_err(vcpu_command(KVMI_VCPU_SET_XSAVE, 0, &xsave), 0);
+	assert_op(vm, OP_XMM_GET, 0, 0, 0x99);
+
+	/* Refused as a whole */
+	old = xsave;
+	XMM15(&xsave) = 0x98;
+	if (kvm_cpu_has(X86_FEATURE_XSAVE)) {
+		saved = XSTATE_BV(&xsave);
+		XSTATE_BV(&xsave) |= BIT_ULL(62);
+		assert_err(vcpu_command(KVMI_VCPU_SET_XSAVE, 0, &xsave),
+			   -KVM_EINVAL);
+		XSTATE_BV(&xsave) = saved;
+		XCOMP_BV(&xsave) = 1;
+		assert_err(vcpu_command(KVMI_VCPU_SET_XSAVE, 0, &xsave),
+			   -KVM_EINVAL);
+		XCOMP_BV(&xsave) = 0;
+	}
+	/* MXCSR */
+	xsave.region[6] = -1u;
+	assert_err(vcpu_command(KVMI_VCPU_SET_XSAVE, 0, &xsave), -KVM_EINVAL);
+	assert_err(__vcpu_command(KVMI_VCPU_SET_XSAVE, 0, &xsave,
+				  sizeof(xsave) - 1, NULL, 0), -KVM_EINVAL);
+	assert_op(vm, OP_XMM_GET, 0, 0, 0x99);
+
+	/* As userspace has it */
+	stop_guest(&r);
+	unhook(vm);
+	vcpu_xsave_get(vcpu, &xsave);
+	TEST_ASSERT_EQ(XMM15(&xsave), XMM15(&old));
+}
+
+static u8 get_mtrr_type(u64 gpa)
+{
+	struct kvmi_vcpu_get_mtrr_type req = { .gpa = gpa };
+	struct kvmi_vcpu_get_mtrr_type_reply rpl;
+	static const u8 zeroes[7];
+
+	assert_err(__vcpu_command(KVMI_VCPU_GET_MTRR_TYPE, 0, &req, sizeof(req),
+				  &rpl, sizeof(rpl)), 0);
+	TEST_ASSERT(!memcmp(rpl.padding, zeroes, sizeof(zeroes)), "padding");
+	return rpl.type;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_mtrr_type, guest_serve)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	vcpu_set_msr(vcpu, 0x250, 0x0606060606060506);	/* 64 KiB each */
+	vcpu_set_msr(vcpu, 0x259, 0x0000000000000001);	/* from 640 KiB on */
+	vcpu_set_msr(vcpu, 0x26f, 0x0400000000000000);	/* to 1 MiB */
+	/* 2 MiB of WB at 16 MiB, its second half WT, the last page UC */
+	vcpu_set_msr(vcpu, 0x200, 0x1000006);
+	vcpu_set_msr(vcpu, 0x201, 0xfffe00800);
+	vcpu_set_msr(vcpu, 0x202, 0x1100004);
+	vcpu_set_msr(vcpu, 0x203, 0xffff00800);
+	vcpu_set_msr(vcpu, 0x204, 0x11ff000);
+	vcpu_set_msr(vcpu, 0x205, 0xffffff800);
+	/* Not valid */
+	vcpu_set_msr(vcpu, 0x206, 0x2000006);
+	vcpu_set_msr(vcpu, 0x207, 0xfffe00000);
+	vcpu_set_msr(vcpu, 0x2ff, 0xc01);
+	hook(vm);
+	start(&r, vcpu);
+	TEST_ASSERT_EQ(get_mtrr_type(0), 6);
+	TEST_ASSERT_EQ(get_mtrr_type(0x10000), 5);
+	TEST_ASSERT_EQ(get_mtrr_type(0x1ffff), 5);
+	TEST_ASSERT_EQ(get_mtrr_type(0x20000), 6);
+	TEST_ASSERT_EQ(get_mtrr_type(0xa0000), 1);
+	TEST_ASSERT_EQ(get_mtrr_type(0xa4000), 0);
+	TEST_ASSERT_EQ(get_mtrr_type(0xfffff), 4);
+	TEST_ASSERT_EQ(get_mtrr_type(0x100000), 1);
+	TEST_ASSERT_EQ(get_mtrr_type(0x1000000), 6);
+	TEST_ASSERT_EQ(get_mtrr_type(0x1100000), 4);
+	TEST_ASSERT_EQ(get_mtrr_type(0x11fefff), 4);
+	TEST_ASSERT_EQ(get_mtrr_type(0x11ff000), 0);
+	TEST_ASSERT_EQ(get_mtrr_type(0x1200000), 1);
+	TEST_ASSERT_EQ(get_mtrr_type(0x2000000), 1);
+	interrupt(&r);
+	vcpu_set_msr(vcpu, 0x2ff, 0x801);
+	start(&r, vcpu);
+	TEST_ASSERT_EQ(get_mtrr_type(0x10000), 1);
+	interrupt(&r);
+	vcpu_set_msr(vcpu, 0x2ff, 0x401);
+	start(&r, vcpu);
+	TEST_ASSERT_EQ(get_mtrr_type(0x1000000), 0);
+	stop_guest(&r);
+	unhook(vm);
+}
+
 /* Single-step and injected exceptions */
 
 /* Page access */
@@ -3683,8 +4780,8 @@ KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log, guest_journal)
 #define NR_PAGES   4
 
 enum access_op {
-	OP_NONE, OP_READ, OP_WRITE, OP_EXEC, OP_ADD, OP_CMPXCHG, OP_XCHG16,
-	OP_CROSS, OP_MOVS, OP_PUSH, OP_SSE, OP_INT, OP_DONE
+	DO_NONE, DO_READ, DO_WRITE, DO_EXEC, DO_ADD, DO_CMPXCHG, DO_XCHG16,
+	DO_CROSS, DO_MOVS, DO_PUSH, DO_SSE, DO_INT, DO_DONE
 };
 
 static u64 order;
@@ -3699,45 +4796,45 @@ static void guest_access(void)
 	for (;;) {
 		op = READ_ONCE(order);
 		switch (op) {
-		case OP_NONE:
+		case DO_NONE:
 			/* There are emulated hosts that want it to exit */
 			cpuid(0, &(u32){0}, &(u32){0}, &(u32){0}, &(u32){0});
 			continue;
-		case OP_READ:
+		case DO_READ:
 			WRITE_ONCE(result, READ_ONCE(*(u64 *)target));
 			break;
-		case OP_WRITE:
+		case DO_WRITE:
 			WRITE_ONCE(*(u64 *)target, 0x77);
 			break;
-		case OP_EXEC:
+		case DO_EXEC:
 			((void (*)(void))target)();
 			break;
-		case OP_ADD:
+		case DO_ADD:
 			asm volatile("lock addq $5, (%0)" : : "r"(target)
 				     : "memory", "cc");
 			break;
-		case OP_CMPXCHG:
+		case DO_CMPXCHG:
 			src = 0;
 			asm volatile("lock cmpxchgq %2, (%1)" : "+a"(src)
 				     : "r"(target), "r"(9ul) : "memory", "cc");
 			break;
-		case OP_XCHG16:
+		case DO_XCHG16:
 			asm volatile("lock cmpxchg16b (%0)" : : "r"(target),
 				     "a"(0ul), "d"(0ul), "b"(3ul), "c"(4ul)
 				     : "memory", "cc");
 			break;
-		case OP_CROSS:
+		case DO_CROSS:
 			WRITE_ONCE(*(u64 *)(target + PAGE_SIZE - 4),
 				   0x1122334455667788);
 			break;
-		case OP_MOVS:
+		case DO_MOVS:
 			src = other;
 			dst = target + PAGE_SIZE - 64;
 			len = 128;
 			asm volatile("rep movsb" : "+S"(src), "+D"(dst),
 				     "+c"(len) : : "memory");
 			break;
-		case OP_PUSH:
+		case DO_PUSH:
 			/* Reads one page and writes another */
 			rsp = target + 0x100;
 			src = other;
@@ -3747,7 +4844,7 @@ static void guest_access(void)
 				     : "memory");
 			WRITE_ONCE(result, rsp);
 			break;
-		case OP_SSE:
+		case DO_SSE:
 			/* Not known to KVM's emulator */
 			asm volatile("pxor %%xmm0, %%xmm0\n"
 				     "paddd (%1), %%xmm0\n"
@@ -3755,14 +4852,14 @@ static void guest_access(void)
 				     : "r"(target) : "xmm0", "memory");
 			WRITE_ONCE(result, src);
 			break;
-		case OP_INT:
+		case DO_INT:
 			asm volatile("int $0x40" : : : "memory");
 			break;
-		case OP_DONE:
+		case DO_DONE:
 			GUEST_DONE();
 		}
 		WRITE_ONCE(counter, counter + 1);
-		WRITE_ONCE(order, OP_NONE);
+		WRITE_ONCE(order, DO_NONE);
 	}
 }
 
@@ -3813,7 +4910,7 @@ static void give_order(struct kvm_vm *vm, enum access_op op)
 
 static void wait_order(struct kvm_vm *vm)
 {
-	wait_for(guest_read(vm, order) == OP_NONE);
+	wait_for(guest_read(vm, order) == DO_NONE);
 	TEST_ASSERT(!tool.nr_events && !readable(0), "an event too many");
 }
 
@@ -3844,7 +4941,7 @@ static u64 start_access(struct runner *r, struct kvm_vcpu *vcpu, u64 *gva)
 	hook(vm);
 	start(r, vcpu);
 	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 1), 0);
-	give_order(vm, OP_CROSS);
+	give_order(vm, DO_CROSS);
 	wait_order(vm);
 
 	return gpa;
@@ -3852,7 +4949,7 @@ static u64 start_access(struct runner *r, struct kvm_vcpu *vcpu, u64 *gva)
 
 static void stop_access(struct runner *r)
 {
-	give_order(r->vcpu->vm, OP_DONE);
+	give_order(r->vcpu->vm, DO_DONE);
 	join_done(r);
 }
 
@@ -3938,8 +5035,8 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_matrix, guest_access)
 		enum access_op op;
 		u8 access;
 	} ops[] = {
-		{ OP_READ, ACCESS_R }, { OP_WRITE, ACCESS_W },
-		{ OP_EXEC, ACCESS_X }
+		{ DO_READ, ACCESS_R }, { DO_WRITE, ACCESS_W },
+		{ DO_EXEC, ACCESS_X }
 	};
 	u8 *page, access, i;
 	struct runner r;
@@ -3952,7 +5049,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_matrix, guest_access)
 	for (access = 0; access <= ACCESS_ALL; access++) {
 		/* With all rights on first, so that it is mapped */
 		assert_err(set_page_access(gpa, ACCESS_ALL), 0);
-		give_order(vm, OP_WRITE);
+		give_order(vm, DO_WRITE);
 		wait_order(vm);
 		WRITE_ONCE(*(u64 *)page, 0xc3);
 
@@ -3967,9 +5064,9 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_matrix, guest_access)
 				reply_continue(&ev);
 			}
 			wait_order(vm);
-			if (ops[i].op == OP_READ)
+			if (ops[i].op == DO_READ)
 				TEST_ASSERT_EQ(guest_read(vm, result), 0xc3);
-			if (ops[i].op == OP_WRITE)
+			if (ops[i].op == DO_WRITE)
 				TEST_ASSERT_EQ(READ_ONCE(*(u64 *)page), 0x77);
 		}
 		assert_page_access(gpa, access);
@@ -3994,7 +5091,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 	assert_err(set_page_access(gpa + 3 * PAGE_SIZE, ACCESS_W), 0);
 
 	*page = 1;
-	give_order(vm, OP_ADD);
+	give_order(vm, DO_ADD);
 	get_pf(&ev, gva, gpa, ACCESS_R);
 	reply_continue(&ev);
 	get_pf(&ev, gva, gpa, ACCESS_W);
@@ -4003,7 +5100,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 	TEST_ASSERT_EQ(*page, 6);
 
 	*page = 0;
-	give_order(vm, OP_CMPXCHG);
+	give_order(vm, DO_CMPXCHG);
 	get_pf(&ev, gva, gpa, ACCESS_R);
 	reply_continue(&ev);
 	get_pf(&ev, gva, gpa, ACCESS_W);
@@ -4011,7 +5108,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 	wait_order(vm);
 	TEST_ASSERT_EQ(*page, 9);
 
-	give_order(vm, OP_CROSS);
+	give_order(vm, DO_CROSS);
 	get_pf(&ev, gva + PAGE_SIZE - 4, gpa + PAGE_SIZE - 4, ACCESS_W);
 	reply_continue(&ev);
 	get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
@@ -4021,7 +5118,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 		       0x1122334455667788);
 
 	memset((u8 *)page + 3 * PAGE_SIZE, 0x42, 128);
-	give_order(vm, OP_MOVS);
+	give_order(vm, DO_MOVS);
 	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
 	reply_continue(&ev);
 	get_pf(&ev, gva + PAGE_SIZE - 64, gpa + PAGE_SIZE - 64, ACCESS_W);
@@ -4034,7 +5131,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 	TEST_ASSERT(!memcmp((u8 *)page + PAGE_SIZE - 64,
 			    (u8 *)page + 3 * PAGE_SIZE, 128), "not copied");
 
-	give_order(vm, OP_PUSH);
+	give_order(vm, DO_PUSH);
 	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
 	reply_continue(&ev);
 	get_pf(&ev, gva + 0xf8, gpa + 0xf8, ACCESS_W);
@@ -4060,7 +5157,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_retry, guest_access)
 
 	/* It faults again and again until the tool gives way */
 	*page = 1;
-	give_order(vm, OP_ADD);
+	give_order(vm, DO_ADD);
 	get_pf(&ev, gva, gpa, ACCESS_W);
 	reply_retry(&ev);
 	get_pf(&ev, gva, gpa, ACCESS_W);
@@ -4072,7 +5169,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_retry, guest_access)
 
 	/* What it was granted for one instruction it has to ask for again */
 	assert_err(set_page_access(gpa, 0), 0);
-	give_order(vm, OP_ADD);
+	give_order(vm, DO_ADD);
 	get_pf(&ev, gva, gpa, ACCESS_R);
 	reply_continue(&ev);
 	get_pf(&ev, gva, gpa, ACCESS_W);
@@ -4087,7 +5184,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_retry, guest_access)
 	/* Skipped by the tool */
 	assert_err(set_page_access(gpa, ACCESS_R), 0);
 	*page = 0xc3;
-	give_order(vm, OP_EXEC);
+	give_order(vm, DO_EXEC);
 	get_pf(&ev, gva, gpa, ACCESS_X);
 	ev.common.arch.regs.rip =
 		*(u64 *)addr_gva2hva(vm, ev.common.arch.regs.rsp);
@@ -4109,7 +5206,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_crash, guest_access)
 
 	gpa = start_access(&r, vcpu, &gva);
 	assert_err(set_page_access(gpa, ACCESS_R), 0);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	get_pf(&ev, gva, gpa, ACCESS_W);
 	reply_crash(&ev);
 	join(&r);
@@ -4129,7 +5226,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_not_emulated, guest_access)
 	gpa = start_access(&r, vcpu, &gva);
 	*(u64 *)addr_gva2hva(vm, gva) = 0x123456789;
 	assert_err(set_page_access(gpa, ACCESS_X), 0);
-	give_order(vm, OP_SSE);
+	give_order(vm, DO_SSE);
 	get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
 	TEST_ASSERT_EQ(ev.pf.gva, ~0ull);
 	TEST_ASSERT_EQ(ev.pf.gpa, gpa);
@@ -4165,9 +5262,9 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_idt, guest_access)
 	reply_continue(&ev);
 
 	assert_err(set_page_access(gpa, ACCESS_W | ACCESS_X), 0);
-	give_order(vm, OP_INT);
+	give_order(vm, DO_INT);
 	/* INT n itself may be emulated or not; the guest notices nothing */
-	for (i = 0; i < 10 && guest_read(vm, order) != OP_NONE; i++) {
+	for (i = 0; i < 10 && guest_read(vm, order) != DO_NONE; i++) {
 		if (!tool.nr_events && !readable(QUIET_MS))
 			continue;
 		get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
@@ -4194,12 +5291,12 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_event_off, guest_access)
 	assert_err(set_page_access(gpa, 0), 0);
 	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 0), 0);
 
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	wait_order(vm);
 	TEST_ASSERT_EQ(*page, 0x77);
 	assert_page_access(gpa, 0);
 
-	give_order(vm, OP_SSE);
+	give_order(vm, DO_SSE);
 	wait_order(vm);
 	TEST_ASSERT_EQ(guest_read(vm, result), 0x77);
 
@@ -4218,19 +5315,19 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_session_end, guest_access)
 	gpa = start_access(&r, vcpu, &gva);
 	page = addr_gva2hva(vm, gva);
 	assert_err(set_page_access(gpa, 0), 0);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	get_pf(&ev, gva, gpa, ACCESS_W);
 	tool_close();
-	wait_for(guest_read(vm, order) == OP_NONE);
+	wait_for(guest_read(vm, order) == DO_NONE);
 	TEST_ASSERT_EQ(*page, 0x77);
-	give_order(vm, OP_SSE);
-	wait_for(guest_read(vm, order) == OP_NONE);
+	give_order(vm, DO_SSE);
+	wait_for(guest_read(vm, order) == DO_NONE);
 	unhook(vm);
 
 	hook(vm);
 	assert_page_access(gpa, ACCESS_ALL);
 	assert_err(control_event(0, KVMI_VCPU_EVENT_PF, 1), 0);
-	give_order(vm, OP_ADD);
+	give_order(vm, DO_ADD);
 	wait_order(vm);
 	unhook(vm);
 	stop_access(&r);
@@ -4250,7 +5347,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_memslot, guest_access)
 	virt_map(vm, gva, EXTRA_GPA, NR_PAGES);
 	start_access(&r, vcpu, &old_gva);
 	guest_write(vm, target, gva);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	wait_order(vm);
 	assert_err(set_page_access(EXTRA_GPA, ACCESS_R), 0);
 
@@ -4258,7 +5355,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_memslot, guest_access)
 	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA + 0x100000);
 	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA);
 	assert_page_access(EXTRA_GPA, ACCESS_R);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	get_pf(&ev, gva, EXTRA_GPA, ACCESS_W);
 	reply_continue(&ev);
 	wait_order(vm);
@@ -4268,7 +5365,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_memslot, guest_access)
 	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
 				    EXTRA_SLOT, NR_PAGES, 0);
 	hva = addr_gpa2hva(vm, EXTRA_GPA);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	get_pf(&ev, gva, EXTRA_GPA, ACCESS_W);
 	TEST_ASSERT_EQ(*hva, 0);
 	reply_continue(&ev);
@@ -4312,7 +5409,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
 	memset(addr_gpa2hva(vm, gpa), 1, huge);
 	start_access(&r, vcpu, &old_gva);
 	guest_write(vm, target, gva);
-	give_order(vm, OP_WRITE);
+	give_order(vm, DO_WRITE);
 	wait_order(vm);
 	if (!vm_get_stat(vm, "pages_2m")) {
 		unhook(vm);
@@ -4325,10 +5422,10 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
 		assert_err(set_page_access(gpa + PAGE_SIZE, ACCESS_R), 0);
 		TEST_ASSERT_EQ(vm_get_stat(vm, "pages_2m"), 0);
 		/* The neighbour is free */
-		give_order(vm, OP_WRITE);
+		give_order(vm, DO_WRITE);
 		wait_order(vm);
 		TEST_ASSERT_EQ(vm_get_stat(vm, "pages_2m"), 0);
-		give_order(vm, OP_CROSS);
+		give_order(vm, DO_CROSS);
 		get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
 		reply_continue(&ev);
 		wait_order(vm);
