@@ -222,5 +222,13 @@ int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
 			    struct kvmi_vcpu_get_registers_reply *rpl,
 			    size_t *rpl_size);
 u64 kvmi_arch_translate_gva(struct kvm_vcpu *vcpu, u64 gva);
+/* [step] */
+bool kvmi_arch_has_singlestep(void);
+int kvmi_arch_control_singlestep(struct kvm_vcpu *vcpu, bool enable);
+void kvmi_arch_report_step(struct kvm_vcpu *vcpu);
+int kvmi_arch_inject_exception(struct kvm_vcpu *vcpu,
+			       const struct kvmi_vcpu_inject_exception *req);
+bool kvmi_arch_exception_due(struct kvm_vcpu *vcpu);
+void kvmi_arch_session_over(struct kvm_vcpu *vcpu);
 
 #endif

@@ -25,6 +25,7 @@ static int kvmi_get_version(struct kvm_introspection *kvmi, const void *req,
 	memset(rpl, 0, sizeof(*rpl));
 	rpl->version = KVMI_VERSION;
 	rpl->max_msg_size = KVMI_MAX_MSG_SIZE;
+	rpl->features.singlestep = kvmi_arch_has_singlestep();
 
 	*rpl_size = sizeof(*rpl);
 	return 0;
