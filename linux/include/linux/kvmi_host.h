@@ -47,13 +47,13 @@ bool __kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 			    const struct x86_emulate_ctxt *ctxt, int r);
 
 static inline unsigned int
-kvmi_pte_access(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn,
-		int level, unsigned int pte_access)
+kvmi_pte_access(struct kvm_vcpu *vcpu, const struct kvm_memory_slot *slot,
+		gfn_t gfn, int level, unsigned int pte_access)
 {
-	if (likely(!kvm->kvmi))
+	if (likely(!vcpu->kvm->kvmi))
 		return pte_access;
 
-	return __kvmi_pte_access(kvm, slot, gfn, level, pte_access);
+	return __kvmi_pte_access(vcpu->kvm, slot, gfn, level, pte_access);
 }
 
 static inline int kvmi_max_mapping_level(struct kvm *kvm,
@@ -98,6 +98,70 @@ static inline bool kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 					int r)
 {
 	return unlikely(vcpu->kvmi) && __kvmi_emulation_ended(vcpu, ctxt, r);
+}
+
+void kvmi_set_has_singlestep(bool has);
+bool __kvmi_step_begin(struct kvm_vcpu *vcpu);
+void __kvmi_step_done(struct kvm_vcpu *vcpu);
+void __kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip);
+bool __kvmi_step_owned(struct kvm_vcpu *vcpu);
+bool __kvmi_step_holds_interrupts(struct kvm_vcpu *vcpu);
+bool __kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu);
+void __kvmi_exception_queue(struct kvm_vcpu *vcpu);
+void __kvmi_exception_injected(struct kvm_vcpu *vcpu, bool *immediate_exit);
+bool __kvmi_exception_as_fault(struct kvm_vcpu *vcpu);
+
+/* The guest is entered next; shall it only do one step? */
+static inline bool kvmi_step_begin(struct kvm_vcpu *vcpu)
+{
+	return unlikely(vcpu->kvmi) && __kvmi_step_begin(vcpu);
+}
+
+static inline void kvmi_step_done(struct kvm_vcpu *vcpu)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_step_done(vcpu);
+}
+
+static inline void kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_step_moved(vcpu, ip);
+}
+
+static inline bool kvmi_step_owned(struct kvm_vcpu *vcpu)
+{
+	return unlikely(vcpu->kvmi) && __kvmi_step_owned(vcpu);
+}
+
+static inline bool kvmi_step_holds_interrupts(struct kvm_vcpu *vcpu)
+{
+	return unlikely(vcpu->kvmi) && __kvmi_step_holds_interrupts(vcpu);
+}
+
+static inline bool kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu)
+{
+	return unlikely(vcpu->kvmi) && __kvmi_step_inhibits_apicv(vcpu);
+}
+
+/* Before and after KVM chooses what to inject */
+static inline void kvmi_exception_queue(struct kvm_vcpu *vcpu)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_exception_queue(vcpu);
+}
+
+static inline void kvmi_exception_injected(struct kvm_vcpu *vcpu,
+					   bool *immediate_exit)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_exception_injected(vcpu, immediate_exit);
+}
+
+/* A #BP or #OF that leaves RIP alone, as no instruction has made it */
+static inline bool kvmi_exception_as_fault(struct kvm_vcpu *vcpu)
+{
+	return unlikely(vcpu->kvmi) && __kvmi_exception_as_fault(vcpu);
 }
 
 #else
@@ -149,8 +213,8 @@ static inline bool kvmi_maps_execonly(void)
 }
 
 static inline unsigned int
-kvmi_pte_access(struct kvm *kvm, const struct kvm_memory_slot *slot, gfn_t gfn,
-		int level, unsigned int pte_access)
+kvmi_pte_access(struct kvm_vcpu *vcpu, const struct kvm_memory_slot *slot,
+		gfn_t gfn, int level, unsigned int pte_access)
 {
 	return pte_access;
 }
@@ -189,6 +253,52 @@ static inline bool kvmi_emulator_access_std(struct kvm_vcpu *vcpu, gva_t gva,
 static inline bool kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 					const struct x86_emulate_ctxt *ctxt,
 					int r)
+{
+	return false;
+}
+
+static inline void kvmi_set_has_singlestep(bool has)
+{
+}
+
+static inline bool kvmi_step_begin(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline void kvmi_step_done(struct kvm_vcpu *vcpu)
+{
+}
+
+static inline void kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip)
+{
+}
+
+static inline bool kvmi_step_owned(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline bool kvmi_step_holds_interrupts(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline bool kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu)
+{
+	return false;
+}
+
+static inline void kvmi_exception_queue(struct kvm_vcpu *vcpu)
+{
+}
+
+static inline void kvmi_exception_injected(struct kvm_vcpu *vcpu,
+					   bool *immediate_exit)
+{
+}
+
+static inline bool kvmi_exception_as_fault(struct kvm_vcpu *vcpu)
 {
 	return false;
 }

@@ -125,6 +125,8 @@ void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
 				       ((const u64 *)regs)[i]);
 	kvm_rip_write(vcpu, regs->rip);
 	kvm_set_rflags(vcpu, regs->rflags | X86_EFLAGS_FIXED);
+	/* A step that is under way goes on from there */
+	vcpu->kvmi->arch.step.ip = kvm_get_linear_rip(vcpu);
 
 	vcpu->arch.emulate_regs_need_sync_from_vcpu = true;
 	vcpu->arch.emulate_regs_need_sync_to_vcpu = false;

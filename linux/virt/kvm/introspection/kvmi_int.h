@@ -269,5 +269,12 @@ KVMI_ARCH_VCPU_CMD(set_xsave);
 KVMI_ARCH_VCPU_CMD(get_mtrr_type);
 KVMI_ARCH_VCPU_CMD(control_cr);
 KVMI_ARCH_VCPU_CMD(control_msr);
+bool kvmi_arch_has_singlestep(void);
+int kvmi_arch_control_singlestep(struct kvm_vcpu *vcpu, bool enable);
+void kvmi_arch_report_step(struct kvm_vcpu *vcpu);
+int kvmi_arch_inject_exception(struct kvm_vcpu *vcpu,
+			       const struct kvmi_vcpu_inject_exception *req);
+bool kvmi_arch_exception_due(struct kvm_vcpu *vcpu);
+void kvmi_arch_session_over(struct kvm_vcpu *vcpu);
 
 #endif

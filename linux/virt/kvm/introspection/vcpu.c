@@ -96,7 +96,6 @@ static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
 	[KVMI_VCPU_EVENT_BREAKPOINT] = {
 		.actions = CONTINUE | RETRY | CRASH,
 	},
-	/* [exits] */
 	[KVMI_VCPU_EVENT_HYPERCALL] = {
 		.actions = CONTINUE | CRASH,
 	},
@@ -114,9 +113,16 @@ static const struct kvmi_event_type kvmi_event_types[KVMI_NUM_EVENTS] = {
 		.actions = CONTINUE | CRASH,
 		.reply_size = sizeof(struct kvmi_vcpu_event_msr_reply),
 	},
-	/* [step] */
 	[KVMI_VCPU_EVENT_PF] = {
 		.actions = CONTINUE | RETRY | CRASH,
+	},
+	[KVMI_VCPU_EVENT_TRAP] = {
+		.actions = CONTINUE | CRASH,
+		.commanded = true,
+	},
+	[KVMI_VCPU_EVENT_SINGLESTEP] = {
+		.actions = CONTINUE | CRASH,
+		.commanded = true,
 	},
 };
 
@@ -333,6 +339,36 @@ static int kvmi_vcpu_translate_gva(struct kvm_vcpu *vcpu, const void *_req,
 	return 0;
 }
 
+static int kvmi_vcpu_inject_exception(struct kvm_vcpu *vcpu, const void *_req,
+				      size_t req_size, void *rpl,
+				      size_t *rpl_size)
+{
+	const struct kvmi_vcpu_inject_exception *req = _req;
+
+	if (!test_bit(KVMI_VCPU_EVENT_TRAP, vcpu->kvm->kvmi->event_allow))
+		return -KVM_EPERM;
+	if (req->padding1 || req->padding2)
+		return -KVM_EINVAL;
+
+	return kvmi_arch_inject_exception(vcpu, req);
+}
+
+static int kvmi_vcpu_control_singlestep(struct kvm_vcpu *vcpu,
+					const void *_req, size_t req_size,
+					void *rpl, size_t *rpl_size)
+{
+	const struct kvmi_vcpu_control_singlestep *req = _req;
+
+	if (!test_bit(KVMI_VCPU_EVENT_SINGLESTEP,
+		      vcpu->kvm->kvmi->event_allow))
+		return -KVM_EPERM;
+	if (memchr_inv(req->padding, 0, sizeof(req->padding)) ||
+	    req->enable > 1)
+		return -KVM_EINVAL;
+
+	return kvmi_arch_control_singlestep(vcpu, req->enable);
+}
+
 /*
  * A command's handler returns 0 or a negative KVM_E*; the request, counted
  * from behind kvmi_vcpu_hdr, has at least the size that the table gives.  rpl
@@ -358,7 +394,6 @@ static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
 		      sizeof(struct kvm_regs)),
 	KVMI_VCPU_CMD(KVMI_VCPU_TRANSLATE_GVA, kvmi_vcpu_translate_gva,
 		      sizeof(struct kvmi_vcpu_translate_gva)),
-	/* [exits] */
 	KVMI_VCPU_CMD(KVMI_VCPU_GET_CPUID, kvmi_arch_get_cpuid,
 		      sizeof(struct kvmi_vcpu_get_cpuid)),
 	KVMI_VCPU_CMD(KVMI_VCPU_GET_XCR, kvmi_arch_get_xcr,
@@ -373,7 +408,11 @@ static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
 	KVMI_VCPU_CMD(KVMI_VCPU_CONTROL_MSR, kvmi_arch_control_msr,
 		      sizeof(struct kvmi_vcpu_control_msr)),
 
-	/* [step] */
+	KVMI_VCPU_CMD(KVMI_VCPU_INJECT_EXCEPTION, kvmi_vcpu_inject_exception,
+		      sizeof(struct kvmi_vcpu_inject_exception)),
+	KVMI_VCPU_CMD(KVMI_VCPU_CONTROL_SINGLESTEP,
+		      kvmi_vcpu_control_singlestep,
+		      sizeof(struct kvmi_vcpu_control_singlestep)),
 };
 
 bool kvmi_vcpu_command_known(u16 id)
@@ -439,6 +478,7 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	kv->session = session;
 	kv->out.size = 0;
 	bitmap_zero(kv->events, KVMI_NUM_EVENTS);
+	kvmi_arch_session_over(vcpu);
 	if (!test_bit(KVMI_NO_CLEANUP, &kvmi->flags))
 		kvmi_arch_cleanup(vcpu);
 
@@ -651,6 +691,9 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	if (kv->out.size)
 		return kvmi_vcpu_send(vcpu) ?: 1;
 
+	if (!kv->ev.open)
+		kvmi_arch_report_step(vcpu);
+
 	if (kv->ev.open && !kv->ev.sent) {
 		kvmi_event_prepare(vcpu);
 		kvmi_vcpu_will_read(vcpu);
@@ -672,6 +715,10 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 		err = kvmi_vcpu_wait(vcpu);
 		return err ?: 1;
 	}
+
+	/* Its event comes before all others */
+	if (kvmi_arch_exception_due(vcpu))
+		return 0;
 
 	if (kvmi_take_pause(kv)) {
 		kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PAUSE, NULL, 0);

@@ -57,7 +57,8 @@ static const u16 vcpu_commands[] = {
 	KVMI_VCPU_SET_REGISTERS, KVMI_VCPU_TRANSLATE_GVA,
 	KVMI_VCPU_GET_CPUID, KVMI_VCPU_CONTROL_CR, KVMI_VCPU_GET_XCR,
 	KVMI_VCPU_GET_XSAVE, KVMI_VCPU_SET_XSAVE, KVMI_VCPU_GET_MTRR_TYPE,
-	KVMI_VCPU_CONTROL_MSR
+	KVMI_VCPU_CONTROL_MSR,
+	KVMI_VCPU_INJECT_EXCEPTION, KVMI_VCPU_CONTROL_SINGLESTEP
 };
 
 static const u16 free_commands[] = {
@@ -67,7 +68,8 @@ static const u16 free_commands[] = {
 static const u16 known_events[] = {
 	KVMI_VM_EVENT_UNHOOK, KVMI_VCPU_EVENT_PAUSE, KVMI_VCPU_EVENT_BREAKPOINT,
 	KVMI_VCPU_EVENT_HYPERCALL, KVMI_VCPU_EVENT_CR, KVMI_VCPU_EVENT_XSETBV,
-	KVMI_VCPU_EVENT_DESCRIPTOR, KVMI_VCPU_EVENT_MSR, KVMI_VCPU_EVENT_PF
+	KVMI_VCPU_EVENT_DESCRIPTOR, KVMI_VCPU_EVENT_MSR, KVMI_VCPU_EVENT_PF,
+	KVMI_VCPU_EVENT_TRAP, KVMI_VCPU_EVENT_SINGLESTEP
 };
 
 struct msg {
@@ -86,6 +88,8 @@ struct event {
 		struct kvmi_vcpu_event_msr msr;
 		struct kvmi_vcpu_event_xsetbv xsetbv;
 		struct kvmi_vcpu_event_descriptor desc;
+		struct kvmi_vcpu_event_trap trap;
+		struct kvmi_vcpu_event_singlestep step;
 	};
 };
 
@@ -373,6 +377,352 @@ static void guest_serve(void)
 		}
 		__cpuid(0, 0, &regs[0], &regs[1], &regs[2], &regs[3]);
 	}
+/*
+ * Guests to be stepped.  Each has a table of where its steps begin, and begins
+ * with an INT3 that is not among them.  What is pushed or saved of RFLAGS goes
+ * to seen_flags.
+ */
+#define RFLAGS_TF	BIT(8)
+#define INT_VECTOR	0x50
+
+static u64 seen_flags;
+static u64 db_rip;
+static u64 pf_rip;
+static u64 ud_rip;
+
+#define STEPS(name)							\
+	"int3\n"							\
+	".pushsection kvmi_steps, \"a\"\n"				\
+	".balign 8\n"							\
+	#name ":\n"							\
+	".popsection\n"
+
+#define STEP(insn)							\
+	"9:\n"								\
+	".pushsection kvmi_steps, \"a\"\n"				\
+	".quad 9b\n"							\
+	".popsection\n"							\
+	insn "\n"
+
+/* Where the last step ends */
+#define STEPS_END							\
+	STEP("nop")							\
+	".pushsection kvmi_steps, \"a\"\n"				\
+	".quad 0\n"							\
+	".popsection\n"
+
+#define MAX_STEPS	5000
+
+extern const u64 plain_steps[], flags_steps[], rep_steps[], loop_steps[],
+		 shadow_steps[], syscall_steps[], pf_steps[], ud_steps[],
+		 int3_steps[], int_steps[], tf_steps[], hlt_steps[],
+		 sysret_steps[], iret_steps[];
+extern u8 pf_next[], step_syscall_entry[], step_user[], step_user_end[];
+
+static void guest_step_plain(void)
+{
+	u64 a = 0;
+
+	asm volatile(STEPS(plain_steps)
+		     STEP("nop")
+		     STEP("mov $5, %%eax")
+		     STEP("push %%rax")
+		     STEP("pop %0")
+		     STEP("xor %%eax, %%eax")
+		     STEP("cpuid")
+		     STEP("mov $0x1b, %%ecx")
+		     STEP("rdmsr")
+		     STEP("call 1f")
+		     STEP("jmp 2f")
+		     "1:\n"
+		     "ret\n"
+		     "2:\n"
+		     STEPS_END
+		     : "=&r"(a) : : "eax", "ebx", "ecx", "edx", "memory");
+	WRITE_ONCE(result, a);
+	GUEST_DONE();
+}
+
+/* PUSHF and POPF, also with nothing but an exit in between */
+static void guest_step_flags(void)
+{
+	u64 a, b, c;
+
+	asm volatile(STEPS(flags_steps)
+		     STEP("pushfq")
+		     STEP("pop %0")
+		     STEP("push %0")
+		     STEP("popfq")
+		     STEP("pushfq")
+		     STEP("pop %1")
+		     STEP("cli")
+		     STEP("pushfw")
+		     STEP("popfw")
+		     STEP("sti")
+		     STEP("pushfq")
+		     STEP("popq %2")
+		     STEPS_END
+		     : "=&r"(a), "=&r"(b), "=&r"(c) : : "memory", "cc");
+	WRITE_ONCE(seen_flags, a | b | c);
+	WRITE_ONCE(result, (a & b & c) >> 9 & 1);
+	GUEST_DONE();
+}
+
+static void guest_step_rep(void)
+{
+	static u8 from[] = "0123456789abcdef", to[16];
+	u64 n = sizeof(to), si = (u64)from, di = (u64)to;
+
+	asm volatile(STEPS(rep_steps)
+		     STEP("rep movsb")
+		     STEPS_END
+		     : "+c"(n), "+S"(si), "+D"(di) : : "memory");
+	WRITE_ONCE(result, !memcmp(from, to, sizeof(to)));
+	GUEST_DONE();
+}
+
+static void guest_step_loop(void)
+{
+	u64 n = 0;
+
+	asm volatile(STEPS(loop_steps)
+		     STEP("mov $10, %%ecx")
+		     "1:\n"
+		     STEP("inc %0")
+		     STEP("dec %%ecx")
+		     STEP("jnz 1b")
+		     STEPS_END
+		     : "+r"(n) : : "ecx", "cc");
+	WRITE_ONCE(result, n);
+	GUEST_DONE();
+}
+
+/* Instructions that hold back interrupts, or traps, for one more */
+static void guest_step_shadow(void)
+{
+	asm volatile("cli\n"
+		     STEPS(shadow_steps)
+		     STEP("sti")
+		     STEP("nop")
+		     STEP("mov %%ss, %%eax")
+		     STEP("mov %%eax, %%ss")
+		     STEP("nop")
+		     STEP("nop")
+		     STEP("push %%rax")
+		     STEP("mov %%ss, (%%rsp)")
+		     STEP("mov (%%rsp), %%ss")
+		     STEP("mov %%rax, %%rcx")
+		     STEP("pop %%rax")
+		     STEP("cli")
+		     STEP("sti")
+		     STEP("cpuid")
+		     STEPS_END
+		     : : : "eax", "ebx", "ecx", "edx", "memory");
+	WRITE_ONCE(result, 1);
+	GUEST_DONE();
+}
+
+static void guest_init_syscall(void *entry)
+{
+	/* SYSRET: CS 0x1b + 16, SS 0x1b + 8, whatever the GDT says */
+	wrmsr(MSR_STAR, (0x18ull << 48) | (0x08ull << 32));
+	wrmsr(MSR_LSTAR, (u64)entry);
+	wrmsr(MSR_SYSCALL_MASK, 0x47700);
+	wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SCE);
+}
+
+static void guest_step_syscall(void)
+{
+	u64 flags = 0, entered = 0;
+
+	guest_init_syscall(step_syscall_entry);
+	asm volatile(STEPS(syscall_steps)
+		     STEP("nop")
+		     STEP("syscall")
+		     "step_syscall_entry:\n"
+		     STEP("mov %%r11, %0")
+		     STEP("pushfq")
+		     STEP("pop %1")
+		     STEP("push %0")
+		     STEP("popfq")
+		     STEP("nop")
+		     STEPS_END
+		     : "=&r"(flags), "=&r"(entered) : : "rcx", "r11", "memory");
+	WRITE_ONCE(seen_flags, flags | entered);
+	WRITE_ONCE(result, (flags & RFLAGS_IF) && !(entered & RFLAGS_IF));
+	GUEST_DONE();
+}
+
+/* To user mode, two steps there, and back */
+static void guest_step_sysret(void)
+{
+	u64 flags = 0, sp;
+
+	guest_init_syscall(step_user_end);
+	asm volatile("mov %%rsp, %1\n"
+		     STEPS(sysret_steps)
+		     STEP("lea step_user(%%rip), %%rcx")
+		     STEP("mov $0x202, %%r11d")
+		     STEP("sysretq")
+		     "step_user:\n"
+		     STEP("nop")
+		     STEP("nop")
+		     STEP("syscall")
+		     "step_user_end:\n"
+		     STEP("mov %%r11, %0")
+		     STEP("push %0")
+		     STEP("popfq")
+		     STEPS_END
+		     : "=&r"(flags), "=&r"(sp) : : "rcx", "r11", "memory");
+	WRITE_ONCE(seen_flags, flags);
+	WRITE_ONCE(result, flags == 0x202);
+	GUEST_DONE();
+}
+
+static void guest_step_iret(void)
+{
+	u64 rsp;
+
+	asm volatile(STEPS(iret_steps)
+		     STEP("mov %%rsp, %0")
+		     STEP("mov %%ss, %%eax")
+		     STEP("push %%rax")
+		     STEP("push %0")
+		     STEP("pushfq")
+		     STEP("mov %%cs, %%eax")
+		     STEP("push %%rax")
+		     STEP("lea 1f(%%rip), %%rax")
+		     STEP("push %%rax")
+		     STEP("iretq")
+		     "1:\n"
+		     STEP("pushfq")
+		     STEP("pop %%rax")
+		     STEP("mov %%rax, seen_flags(%%rip)")
+		     STEPS_END
+		     : "=&r"(rsp) : : "rax", "memory", "cc");
+	WRITE_ONCE(result, 1);
+	GUEST_DONE();
+}
+
+static void guest_on_pf(struct ex_regs *regs)
+{
+	WRITE_ONCE(pf_rip, regs->rip);
+	WRITE_ONCE(seen_flags, seen_flags | regs->rflags);
+	WRITE_ONCE(result, regs->error_code);
+	regs->rip = (u64)pf_next;
+}
+
+static void guest_step_pf(void)
+{
+	u64 addr = UNMAPPED_GPA;
+
+	asm volatile(STEPS(pf_steps)
+		     STEP("nop")
+		     STEP("mov %%rax, (%0)")
+		     "pf_next:\n"
+		     STEP("nop")
+		     STEPS_END
+		     : : "r"(addr) : "memory");
+	GUEST_DONE();
+}
+
+static void guest_on_ud(struct ex_regs *regs)
+{
+	WRITE_ONCE(ud_rip, regs->rip);
+	WRITE_ONCE(seen_flags, seen_flags | regs->rflags);
+	regs->rip += 2;
+}
+
+static void guest_step_ud(void)
+{
+	asm volatile(STEPS(ud_steps)
+		     STEP("ud2")
+		     STEP("nop")
+		     STEPS_END
+		     : : : "memory");
+	GUEST_DONE();
+}
+
+static void guest_on_step_bp(struct ex_regs *regs)
+{
+	WRITE_ONCE(seen_flags, seen_flags | regs->rflags);
+	WRITE_ONCE(trap_rip, regs->rip);
+	WRITE_ONCE(traps, traps + 1);
+}
+
+static void guest_step_int3(void)
+{
+	asm volatile(STEPS(int3_steps)
+		     STEP("nop")
+		     STEP("int3")
+		     STEP("nop")
+		     STEPS_END
+		     : : : "memory");
+	GUEST_DONE();
+}
+
+static void guest_step_int(void)
+{
+	asm volatile(STEPS(int_steps)
+		     STEP("nop")
+		     STEP("int $0x50")
+		     STEP("nop")
+		     STEPS_END
+		     : : : "memory");
+	GUEST_DONE();
+}
+
+static void guest_on_db(struct ex_regs *regs)
+{
+	u64 dr6;
+
+	asm volatile("mov %%dr6, %0" : "=r"(dr6));
+	WRITE_ONCE(db_rip, regs->rip);
+	WRITE_ONCE(result, dr6);
+	WRITE_ONCE(traps, traps + 1);
+	regs->rflags &= ~RFLAGS_TF;
+}
+
+/* TF is the guest's, too */
+static void guest_step_tf(void)
+{
+	u64 flags;
+
+	asm volatile(STEPS(tf_steps)
+		     STEP("pushfq")
+		     STEP("orq $0x100, (%%rsp)")
+		     STEP("popfq")
+		     STEP("nop")
+		     STEP("nop")
+		     STEP("pushfq")
+		     STEP("pop %0")
+		     STEPS_END
+		     : "=&r"(flags) : : "memory", "cc");
+	WRITE_ONCE(seen_flags, flags);
+	GUEST_DONE();
+}
+
+static void guest_on_step_irq(struct ex_regs *regs)
+{
+	WRITE_ONCE(seen_flags, seen_flags | regs->rflags);
+	guest_on_irq(regs);
+}
+
+static void guest_step_hlt(void)
+{
+	asm volatile("cli");
+	x2apic_enable();
+	WRITE_ONCE(counter, 1);
+	asm volatile(STEPS(hlt_steps)
+		     STEP("nop")
+		     STEP("sti")
+		     STEP("hlt")
+		     STEP("cli")
+		     STEP("sti")
+		     STEP("nop")
+		     STEPS_END
+		     : : : "memory");
+	WRITE_ONCE(counter, 2);
 	GUEST_DONE();
 }
 
@@ -959,6 +1309,12 @@ static void get_any_event(struct event *ev)
 		break;
 	case KVMI_VCPU_EVENT_DESCRIPTOR:
 		data = sizeof(ev->desc);
+		break;
+	case KVMI_VCPU_EVENT_TRAP:
+		data = sizeof(ev->trap);
+		break;
+	case KVMI_VCPU_EVENT_SINGLESTEP:
+		data = sizeof(ev->step);
 		break;
 	}
 	TEST_ASSERT_EQ(ev->hdr.size, VCPU_EVENT_SIZE + data);
@@ -5437,6 +5793,951 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
 }
 
 /* The module parameter is off */
+
+/* Single-stepping */
+
+/* On Intel it needs the monitor trap flag, which emulated CPUs may lack */
+static bool host_has_singlestep(void)
+{
+	char line[4096];
+	bool has = host_cpu_is_amd;
+	FILE *f;
+
+	f = fopen("/proc/cpuinfo", "r");
+	TEST_ASSERT(f, "/proc/cpuinfo: %s", strerror(errno));
+	while (!has && fgets(line, sizeof(line), f))
+		has = !strncmp(line, "vmx flags", 9) && strstr(line, " mtf");
+	fclose(f);
+
+	return has;
+}
+
+FIXTURE(kvmi_step) {
+	struct kvm_vcpu *vcpu;
+};
+
+FIXTURE_SETUP(kvmi_step)
+{
+	if (!introspection_on())
+		SKIP(return, "kvm.introspection is off");
+	if (!host_has_singlestep())
+		SKIP(return, "the CPU has no monitor trap flag");
+	self->vcpu = make_vm(NULL);
+}
+
+FIXTURE_TEARDOWN(kvmi_step)
+{
+	kvm_vm_free(self->vcpu->vm);
+}
+
+static int control_singlestep(u16 vcpu, u8 enable)
+{
+	struct kvmi_vcpu_control_singlestep req = { .enable = enable };
+
+	return vcpu_command(KVMI_VCPU_CONTROL_SINGLESTEP, vcpu, &req);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, singlestep_supported, guest_count)
+{
+	struct kvmi_get_version_reply rpl;
+	bool has = host_has_singlestep();
+	struct runner r;
+
+	hook(vcpu->vm);
+	assert_err(__command(KVMI_GET_VERSION, NULL, 0, &rpl, sizeof(rpl)), 0);
+	TEST_ASSERT_EQ(rpl.features.singlestep, has);
+	start(&r, vcpu);
+	if (!has)
+		assert_err(control_singlestep(0, 1), -KVM_EOPNOTSUPP);
+	assert_err(control_singlestep(0, 0), has ? 0 : -KVM_EOPNOTSUPP);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+static void set_rip(const struct event *ev, u64 rip)
+{
+	struct kvm_regs regs = ev->common.arch.regs;
+
+	regs.rip = rip;
+	assert_err(set_registers(ev->common.vcpu, &regs), 0);
+}
+
+static void get_step(struct event *ev)
+{
+	get_event(ev, KVMI_VCPU_EVENT_SINGLESTEP, 0);
+	TEST_ASSERT_EQ(ev->step.failed, 0);
+}
+
+/* Up to the INT3 ahead of the steps, which begin with the reply */
+static void start_to_step(struct runner *r, struct kvm_vcpu *vcpu,
+			  struct event *ev, const u64 *steps)
+{
+	start_to_bp(r, vcpu, ev);
+	TEST_ASSERT_EQ(ev->common.arch.regs.rip, steps[0] - 1);
+	assert_err(control_singlestep(0, 1), 0);
+	set_rip(ev, steps[0]);
+	reply_retry(ev);
+}
+
+static void assert_no_tf(const struct event *ev)
+{
+	TEST_ASSERT(!(ev->common.arch.regs.rflags & RFLAGS_TF),
+		    "TF shows at 0x%llx",
+		    (unsigned long long)ev->common.arch.regs.rip);
+}
+
+#define STEPS_REPEAT	BIT(0)	/* an instruction may take several steps */
+#define STEPS_SKIP	BIT(1)	/* a step may be two instructions */
+#define STEPS_OUTSIDE	BIT(2)	/* to handlers, and back to any step */
+
+static int find_step(const u64 *steps, u64 rip)
+{
+	int i;
+
+	for (i = 0; steps[i]; i++)
+		if (steps[i] == rip)
+			return i;
+
+	return -1;
+}
+
+/* Returns the number of events, of which the last is still open */
+static int follow_steps(struct event *ev, const u64 *steps, int how)
+{
+	int pos = 0, next, n;
+	u64 rip;
+
+	for (n = 1; n < MAX_STEPS; n++) {
+		get_step(ev);
+		if (!(how & STEPS_OUTSIDE))
+			assert_no_tf(ev);
+		rip = ev->common.arch.regs.rip;
+		next = find_step(steps, rip);
+		if (next < 0) {
+			TEST_ASSERT(how & STEPS_OUTSIDE,
+				    "a step from 0x%llx to 0x%llx",
+				    (unsigned long long)steps[pos],
+				    (unsigned long long)rip);
+		} else {
+			TEST_ASSERT(next == pos + 1 ||
+				    (how & STEPS_OUTSIDE) ||
+				    ((how & STEPS_REPEAT) && next <= pos) ||
+				    ((how & STEPS_SKIP) && next == pos + 2),
+				    "from step %d to %d", pos, next);
+			pos = next;
+			if (!steps[pos + 1])
+				return n;
+		}
+		reply_continue(ev);
+	}
+
+	TEST_FAIL("no end of steps");
+	return 0;
+}
+
+static void end_steps(struct runner *r, struct event *ev)
+{
+	assert_err(control_singlestep(0, 0), 0);
+	reply_continue(ev);
+	join_done(r);
+	TEST_ASSERT(!(guest_read(r->vcpu->vm, seen_flags) & RFLAGS_TF),
+		    "the guest has seen TF: 0x%lx",
+		    (unsigned long)guest_read(r->vcpu->vm, seen_flags));
+	unhook(r->vcpu->vm);
+}
+
+static int test_steps(struct kvm_vcpu *vcpu, const u64 *steps, int how)
+{
+	struct event ev;
+	struct runner r;
+	int n;
+
+	start_to_step(&r, vcpu, &ev, steps);
+	n = follow_steps(&ev, steps, how);
+	end_steps(&r, &ev);
+
+	return n;
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_plain, guest_step_plain)
+{
+	/* RET is not in the table, as it is between CALL and JMP */
+	test_steps(vcpu, plain_steps, STEPS_OUTSIDE);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 5);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_flags, guest_step_flags)
+{
+	test_steps(vcpu, flags_steps, STEPS_SKIP);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_rep, guest_step_rep)
+{
+	int n = test_steps(vcpu, rep_steps, STEPS_REPEAT);
+
+	TEST_ASSERT(n <= 17, "%d steps", n);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_loop, guest_step_loop)
+{
+	TEST_ASSERT_EQ(test_steps(vcpu, loop_steps, STEPS_REPEAT), 31);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 10);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_shadow, guest_step_shadow)
+{
+	test_steps(vcpu, shadow_steps, STEPS_SKIP);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_syscall, guest_step_syscall)
+{
+	test_steps(vcpu, syscall_steps, 0);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+static void make_user_page(struct kvm_vm *vm, u64 gva)
+{
+	int level;
+
+	for (level = PG_LEVEL_4K; level <= PG_LEVEL_512G; level++) {
+		int l = level;
+
+		*__vm_get_page_table_entry(vm, gva, &l) |= PTE_USER_MASK;
+	}
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_sysret, guest_step_sysret)
+{
+	make_user_page(vcpu->vm, (u64)step_user);
+	make_user_page(vcpu->vm, (u64)step_user_end);
+	test_steps(vcpu, sysret_steps, 0);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_iret, guest_step_iret)
+{
+	test_steps(vcpu, iret_steps, 0);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+/* An exception is a step, up to the handler */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_pf, guest_step_pf)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	vm_install_exception_handler(vm, PF_VECTOR, guest_on_pf);
+	TEST_ASSERT(test_steps(vcpu, pf_steps, STEPS_OUTSIDE) > 20,
+		    "the handler has not been stepped");
+	TEST_ASSERT_EQ(guest_read(vm, pf_rip), pf_steps[1]);
+	TEST_ASSERT_EQ(guest_read(vm, result), PFERR_WRITE_MASK);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_ud, guest_step_ud)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_ud);
+	TEST_ASSERT(test_steps(vcpu, ud_steps, STEPS_OUTSIDE) > 20,
+		    "the handler has not been stepped");
+	TEST_ASSERT_EQ(guest_read(vm, ud_rip), ud_steps[0]);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_int3, guest_step_int3)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_step(&r, vcpu, &ev, int3_steps);
+	vm_install_exception_handler(vm, BP_VECTOR, guest_on_step_bp);
+	get_step(&ev);
+	/* Not intercepted any more: the guest's */
+	assert_err(control_event(0, KVMI_VCPU_EVENT_BREAKPOINT, 0), 0);
+	reply_continue(&ev);
+	TEST_ASSERT(follow_steps(&ev, int3_steps, STEPS_OUTSIDE) > 20,
+		    "the handler has not been stepped");
+	end_steps(&r, &ev);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), int3_steps[2]);
+}
+
+/* A step to a breakpoint makes its event, and with CONTINUE a #BP */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_breakpoint, guest_step_int3)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_step(&r, vcpu, &ev, int3_steps);
+	vm_install_exception_handler(vm, BP_VECTOR, guest_on_step_bp);
+	get_step(&ev);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip, int3_steps[1]);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	assert_no_tf(&ev);
+	reply_continue(&ev);
+	follow_steps(&ev, int3_steps, STEPS_OUTSIDE);
+	end_steps(&r, &ev);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), int3_steps[2]);
+}
+
+/* What tools do: the original byte, a step, and the INT3 again */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_over_breakpoint, guest_break)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gpa = addr_gva2gpa(vm, (vm_vaddr_t)bp_insn);
+	struct event ev;
+	struct runner r;
+	u64 before;
+	int i;
+
+	start_to_bp(&r, vcpu, &ev);
+	for (i = 0; i < 5; i++) {
+		before = guest_read(vm, counter);
+		assert_err(write_physical(gpa, 1, "\x90"), 0);
+		assert_err(control_singlestep(0, 1), 0);
+		reply_retry(&ev);
+		get_step(&ev);
+		TEST_ASSERT_EQ(ev.common.arch.regs.rip, (u64)bp_next);
+		assert_no_tf(&ev);
+		TEST_ASSERT_EQ(guest_read(vm, counter), before);
+		assert_err(write_physical(gpa, 1, "\xcc"), 0);
+		assert_err(control_singlestep(0, 0), 0);
+		reply_continue(&ev);
+		get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+		TEST_ASSERT_EQ(guest_read(vm, counter), before + 1);
+	}
+	unhook(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_int, guest_step_int)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	vm_install_exception_handler(vm, INT_VECTOR, guest_on_step_bp);
+	TEST_ASSERT(test_steps(vcpu, int_steps, STEPS_OUTSIDE) > 20,
+		    "the handler has not been stepped");
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), int_steps[2]);
+}
+
+/* The guest's own single-stepping goes on */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_guest_tf, guest_step_tf)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	vm_install_exception_handler(vm, DB_VECTOR, guest_on_db);
+	test_steps(vcpu, tf_steps, STEPS_OUTSIDE);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, db_rip), tf_steps[4]);
+	TEST_ASSERT(guest_read(vm, result) & BIT(14), "DR6 is 0x%lx",
+		    (unsigned long)guest_read(vm, result));
+}
+
+/* An interrupt waits until the steps are over, and comes once */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_irq, guest_step_hlt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	vm_install_exception_handler(vm, IRQ_VECTOR, guest_on_step_irq);
+	start_to_step(&r, vcpu, &ev, hlt_steps);
+	get_step(&ev);
+	send_irq(vm);
+	/* STI and HLT, which ends with the interrupt */
+	for (i = 2; i <= 3; i++) {
+		reply_continue(&ev);
+		get_step(&ev);
+		TEST_ASSERT_EQ(ev.common.arch.regs.rip, hlt_steps[i]);
+		TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	}
+	reply_continue(&ev);
+	follow_steps(&ev, hlt_steps, STEPS_OUTSIDE);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	/* Now one that nothing waits for */
+	send_irq(vm);
+	assert_quiet();
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	end_steps(&r, &ev);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 2);
+}
+
+/* Held back with interrupts enabled, even for many steps */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_irq_held, guest_step_hlt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	vm_install_exception_handler(vm, IRQ_VECTOR, guest_on_step_irq);
+	start_to_step(&r, vcpu, &ev, hlt_steps);
+	for (i = 1; i <= 2; i++) {
+		get_step(&ev);
+		TEST_ASSERT_EQ(ev.common.arch.regs.rip, hlt_steps[i]);
+		if (i == 1)
+			reply_continue(&ev);
+	}
+	/* Over the HLT, in the shadow of STI */
+	set_rip(&ev, hlt_steps[5]);
+	send_irq(vm);
+	reply_continue(&ev);
+	get_step(&ev);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip, hlt_steps[6]);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	end_steps(&r, &ev);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+}
+
+/* The HLT is over, the guest still halted */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_halted, guest_step_hlt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	vm_install_exception_handler(vm, IRQ_VECTOR, guest_on_step_irq);
+	start_to_step(&r, vcpu, &ev, hlt_steps);
+	for (i = 1; i <= 3; i++) {
+		get_step(&ev);
+		TEST_ASSERT_EQ(ev.common.arch.regs.rip, hlt_steps[i]);
+		reply_continue(&ev);
+	}
+	assert_quiet();
+	assert_halted(vm);
+	send_irq(vm);
+	/* To the handler, which has not run yet */
+	get_step(&ev);
+	TEST_ASSERT(find_step(hlt_steps, ev.common.arch.regs.rip) < 0,
+		    "the interrupt has not been taken");
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	reply_continue(&ev);
+	follow_steps(&ev, hlt_steps, STEPS_OUTSIDE);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	end_steps(&r, &ev);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_errors, guest_count)
+{
+	struct kvmi_vcpu_control_singlestep req = { .enable = 1 };
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(control_singlestep(0, 2), -KVM_EINVAL);
+	for (i = 0; i < ARRAY_SIZE(req.padding); i++) {
+		req.padding[i] = 1;
+		assert_err(vcpu_command(KVMI_VCPU_CONTROL_SINGLESTEP, 0, &req),
+			   -KVM_EINVAL);
+		req.padding[i] = 0;
+	}
+	assert_err(__vcpu_command(KVMI_VCPU_CONTROL_SINGLESTEP, 0, &req,
+				  sizeof(req) - 1, NULL, 0), -KVM_EINVAL);
+	allow_event(vm, KVMI_VCPU_EVENT_SINGLESTEP, 0);
+	assert_err(control_singlestep(0, 0), -KVM_EPERM);
+	assert_err(control_singlestep(0, 1), -KVM_EPERM);
+	/* Tested before the padding */
+	assert_err(control_singlestep(0, 2), -KVM_EPERM);
+	allow_event(vm, KVMI_VCPU_EVENT_SINGLESTEP, 1);
+	assert_quiet();
+
+	/* CONTROL_EVENTS has nothing to do with it */
+	assert_err(control_event(0, KVMI_VCPU_EVENT_SINGLESTEP, 1), 0);
+	assert_quiet();
+	assert_err(control_event(0, KVMI_VCPU_EVENT_SINGLESTEP, 0), 0);
+
+	/* Twice is fine, either way */
+	assert_err(control_singlestep(0, 0), 0);
+	assert_err(control_singlestep(0, 1), 0);
+	get_step(&ev);
+	assert_err(control_singlestep(0, 1), 0);
+	reply_continue(&ev);
+	get_step(&ev);
+	assert_err(control_singlestep(0, 0), 0);
+	assert_err(control_singlestep(0, 0), 0);
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+static int set_step_debug(struct kvm_vcpu *vcpu, bool enable)
+{
+	struct kvm_guest_debug debug = {};
+
+	if (enable)
+		debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+	return __vcpu_ioctl(vcpu, KVM_SET_GUEST_DEBUG, &debug) ? errno : 0;
+}
+
+/* A vCPU is stepped by the tool or by userspace */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_guest_debug, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	u32 seq;
+
+	hook(vm);
+	assert_err(set_step_debug(vcpu, true), 0);
+	seq = send_vcpu_msg(KVMI_VCPU_CONTROL_SINGLESTEP, 0,
+			    &(struct kvmi_vcpu_control_singlestep) {
+				.enable = 1,
+			    }, sizeof(struct kvmi_vcpu_control_singlestep));
+	get_version();
+	start(&r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_CONTROL_SINGLESTEP, seq, NULL, 0),
+		   -KVM_EBUSY);
+	join(&r);
+	TEST_ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_DEBUG);
+	assert_err(set_step_debug(vcpu, false), 0);
+
+	start(&r, vcpu);
+	assert_err(control_singlestep(0, 1), 0);
+	get_step(&ev);
+	interrupt(&r);
+	assert_err(set_step_debug(vcpu, true), EBUSY);
+	unhook(vm);
+	assert_err(set_step_debug(vcpu, true), 0);
+	assert_err(set_step_debug(vcpu, false), 0);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+}
+
+/* With and without the clean-up of what else there is */
+static void test_step_abandoned(struct kvm_vcpu *vcpu, u8 cleanup, bool open)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(control_cleanup(cleanup), 0);
+	assert_err(control_singlestep(0, 1), 0);
+	get_step(&ev);
+	if (!open) {
+		reply_continue(&ev);
+		get_step(&ev);
+		reply_continue(&ev);
+	}
+	tool_close();
+	assert_guest_runs(vm);
+	unhook(vm);
+	assert_guest_runs(vm);
+	/* The next session knows nothing of it */
+	hook(vm);
+	assert_err(vcpu_get_info(0), 0);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_tool_gone, guest_count)
+{
+	test_step_abandoned(vcpu, 1, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_tool_gone_no_cleanup, guest_count)
+{
+	test_step_abandoned(vcpu, 0, true);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_tool_gone_between, guest_count)
+{
+	test_step_abandoned(vcpu, 0, false);
+}
+
+/* The interrupt that has been held back survives the session */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_tool_gone_irq, guest_step_hlt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_install_exception_handler(vm, IRQ_VECTOR, guest_on_step_irq);
+	start_to_step(&r, vcpu, &ev, hlt_steps);
+	get_step(&ev);
+	set_rip(&ev, hlt_steps[4]);
+	reply_continue(&ev);
+	get_step(&ev);
+	send_irq(vm);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	unhook(vm);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT(!(guest_read(vm, seen_flags) & RFLAGS_TF),
+		    "the guest has seen TF");
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_crash, guest_count)
+{
+	struct event ev;
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(control_singlestep(0, 1), 0);
+	get_step(&ev);
+	reply_crash(&ev);
+	join(&r);
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_SYSTEM_EVENT);
+	unhook(vcpu->vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_retry_closes, guest_count)
+{
+	struct event ev;
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(control_singlestep(0, 1), 0);
+	get_step(&ev);
+	reply_retry(&ev);
+	assert_closed();
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* The vCPU's thread is taken away between steps and while they are told */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_signals, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(control_singlestep(0, 1), 0);
+	for (i = 0; i < 5; i++) {
+		get_step(&ev);
+		interrupt(&r);
+		vcpu_regs_get(vcpu, &regs);
+		TEST_ASSERT_EQ(regs.rip, ev.common.arch.regs.rip);
+		TEST_ASSERT(!(regs.rflags & RFLAGS_TF), "TF in KVM_GET_REGS");
+		start(&r, vcpu);
+		reply_continue(&ev);
+	}
+	get_step(&ev);
+	assert_err(control_singlestep(0, 0), 0);
+	reply_continue(&ev);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* A vCPU that nobody steps goes on, and is not told of */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_per_vcpu, guest_count)
+{
+	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_count);
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r[2];
+	struct event ev;
+
+	hook(vm);
+	start(&r[0], vcpu);
+	start(&r[1], vcpu1);
+	assert_err(control_singlestep(1, 1), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_SINGLESTEP, 1);
+	assert_guest_runs(vm);
+	assert_quiet();
+	unhook(vm);
+	guest_write(vm, stop, 1);
+	join_done(&r[0]);
+	join_done(&r[1]);
+}
+
+/* Injected exceptions */
+
+static int inject(u16 vcpu, u8 nr, u32 error_code, u64 address)
+{
+	struct kvmi_vcpu_inject_exception req = {
+		.nr = nr,
+		.error_code = error_code,
+		.address = address,
+	};
+
+	return vcpu_command(KVMI_VCPU_INJECT_EXCEPTION, vcpu, &req);
+}
+
+static void get_trap(struct event *ev, u8 nr, u32 error_code)
+{
+	get_event(ev, KVMI_VCPU_EVENT_TRAP, 0);
+	TEST_ASSERT(ev->trap.nr == nr && ev->trap.error_code == error_code,
+		    "vector %u, error code %u, should be %u, %u", ev->trap.nr,
+		    ev->trap.error_code, nr, error_code);
+	TEST_ASSERT(!ev->trap.padding1 && !ev->trap.padding2,
+		    "the padding isn't zero");
+}
+
+static u64 injected_cr2;
+
+static void guest_on_injected(struct ex_regs *regs)
+{
+	asm volatile("mov %%cr2, %0" : "=r"(injected_cr2));
+	WRITE_ONCE(seen_flags, regs->error_code);
+	WRITE_ONCE(result, regs->vector);
+	WRITE_ONCE(trap_rip, regs->rip);
+	WRITE_ONCE(traps, traps + 1);
+}
+
+static void test_inject(struct kvm_vcpu *vcpu, struct runner *r, u8 nr,
+			u32 error_code, bool has_error)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 before = guest_read(vm, traps);
+	struct event ev;
+	u64 rip;
+
+	vm_install_exception_handler(vm, nr, guest_on_injected);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	rip = ev.common.arch.regs.rip;
+	assert_err(inject(0, nr, error_code, 0x123456000), 0);
+	reply_continue(&ev);
+	get_trap(&ev, nr, has_error ? error_code : 0);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rip, rip);
+	if (nr == PF_VECTOR)
+		TEST_ASSERT_EQ(ev.trap.address, 0x123456000);
+	TEST_ASSERT_EQ(guest_read(vm, traps), before);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, traps) == before + 1);
+	TEST_ASSERT_EQ(guest_read(vm, result), nr);
+	TEST_ASSERT_EQ(guest_read(vm, seen_flags), has_error ? error_code : 0);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), rip);
+	if (nr == PF_VECTOR)
+		TEST_ASSERT_EQ(guest_read(vm, injected_cr2), 0x123456000);
+	assert_guest_runs(vm);
+	assert_quiet();
+}
+
+KVM_ONE_VCPU_TEST(kvmi, inject_exception, guest_count)
+{
+	struct runner r;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	test_inject(vcpu, &r, PF_VECTOR, 6, true);
+	test_inject(vcpu, &r, UD_VECTOR, 77, false);
+	test_inject(vcpu, &r, GP_VECTOR, 0x18, true);
+	test_inject(vcpu, &r, DE_VECTOR, 1, false);
+	test_inject(vcpu, &r, DB_VECTOR, 1, false);
+	test_inject(vcpu, &r, SS_VECTOR, 0x10, true);
+	/* No instruction has made them: the guest is where it was */
+	test_inject(vcpu, &r, BP_VECTOR, 1, false);
+	test_inject(vcpu, &r, BP_VECTOR, 1, false);
+	test_inject(vcpu, &r, OF_VECTOR, 1, false);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* At an INT3, #BP is what it is from that */
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_int3, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	assert_err(inject(0, BP_VECTOR, 0, 0), 0);
+	reply_retry(&ev);
+	get_trap(&ev, BP_VECTOR, 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), (u64)bp_next);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Something else is delivered: that is told, and the tool tries again */
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_other, guest_break_once)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	reply_continue(&ev);
+	get_trap(&ev, BP_VECTOR, 0);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	assert_err(inject(0, UD_VECTOR, 0, 0), -KVM_EBUSY);
+	reply_continue(&ev);
+	/* In the #BP's handler, which has not begun */
+	get_trap(&ev, UD_VECTOR, 0);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, counter));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 2);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* Ahead of what else there is to tell */
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_first, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	start_to_pause(&r, vcpu, &ev);
+	assert_err(pause_vcpu(0, 0), 0);
+	assert_err(pause_vcpu(0, 0), 0);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	reply_continue(&ev);
+	get_trap(&ev, UD_VECTOR, 0);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	reply_continue(&ev);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, traps) == 1);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* A halted guest gets it, too */
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_halted, guest_halt)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	start_to_halt(&r, vcpu);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	get_trap(&ev, UD_VECTOR, 0);
+	assert_halted(vm);
+	reply_continue(&ev);
+	join_done(&r);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, result), UD_VECTOR);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_errors, guest_count)
+{
+	struct kvmi_vcpu_inject_exception req = { .nr = UD_VECTOR };
+	static const u8 bad[] = { NMI_VECTOR, 9, 15, 20, 21, 22, 27, 28, 29,
+				  30, 31, 32, 64, 255 };
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	int i;
+
+	start_to_pause(&r, vcpu, &ev);
+	req.padding1 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_INJECT_EXCEPTION, 0, &req),
+		   -KVM_EINVAL);
+	allow_event(vm, KVMI_VCPU_EVENT_TRAP, 0);
+	assert_err(vcpu_command(KVMI_VCPU_INJECT_EXCEPTION, 0, &req),
+		   -KVM_EPERM);
+	allow_event(vm, KVMI_VCPU_EVENT_TRAP, 1);
+	req.padding1 = 0;
+	req.padding2 = 1;
+	assert_err(vcpu_command(KVMI_VCPU_INJECT_EXCEPTION, 0, &req),
+		   -KVM_EINVAL);
+	assert_err(__vcpu_command(KVMI_VCPU_INJECT_EXCEPTION, 0, &req,
+				  sizeof(req) - 1, NULL, 0), -KVM_EINVAL);
+	for (i = 0; i < ARRAY_SIZE(bad); i++)
+		assert_err(inject(0, bad[i], 0, 0), -KVM_EINVAL);
+
+	if (host_has_singlestep()) {
+		assert_err(control_singlestep(0, 1), 0);
+		assert_err(inject(0, UD_VECTOR, 0, 0), -KVM_EBUSY);
+		assert_err(control_singlestep(0, 0), 0);
+	}
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	assert_err(inject(0, UD_VECTOR, 0, 0), -KVM_EBUSY);
+	reply_continue(&ev);
+	get_trap(&ev, UD_VECTOR, 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, traps) == 1);
+	assert_guest_runs(vm);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* The session ends before the exception has its turn */
+KVM_ONE_VCPU_TEST(kvmi, inject_exception_tool_gone, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	start_to_pause(&r, vcpu, &ev);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	unhook(vm);
+	assert_guest_runs(vm);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	hook(vm);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	get_trap(&ev, UD_VECTOR, 0);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, traps) == 1);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* With the TRAP event open, it has been delivered */
+KVM_ONE_VCPU_TEST(kvmi, event_trap_tool_gone, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	vm_install_exception_handler(vm, UD_VECTOR, guest_on_injected);
+	start_to_pause(&r, vcpu, &ev);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	reply_continue(&ev);
+	get_trap(&ev, UD_VECTOR, 0);
+	interrupt(&r);
+	start(&r, vcpu);
+	tool_close();
+	wait_for(guest_read(vm, traps) == 1);
+	stop_guest(&r);
+	unhook(vm);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, event_trap_crash, guest_count)
+{
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	assert_err(inject(0, UD_VECTOR, 0, 0), 0);
+	reply_continue(&ev);
+	get_trap(&ev, UD_VECTOR, 0);
+	reply_crash(&ev);
+	join(&r);
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_SYSTEM_EVENT);
+	unhook(vcpu->vm);
+}
 
 FIXTURE(kvmi_off) {
 	struct kvm_vm *vm;
