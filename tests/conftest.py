@@ -12,7 +12,7 @@ import host  # noqa: E402
 import kvm_selftests  # noqa: E402
 import selftest  # noqa: E402
 
-ORDER = ("unit", "amd", "intel")
+ORDER = ("unit", "amd", "intel", "debug")
 
 
 def pytest_collection_modifyitems(items):
@@ -94,3 +94,8 @@ def amd():
 @pytest.fixture(scope="session")
 def amd_selftest():
     return selftest.run("amd")
+
+
+@pytest.fixture(scope="session")
+def debug_selftest():
+    return selftest.run_debug()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import host
 import kvm_selftests
 
 
@@ -25,6 +26,14 @@ def run_on_amd():
         yield lambda test: pool.map(lambda h: h.run(test), hosts)
         for h in hosts:
             h.close()
+
+
+@pytest.fixture(scope="session")
+def debug_host():
+    kvm_selftests.build()
+    h = kvm_selftests.Amd(kernel=host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel"))
+    yield h
+    h.close()
 
 
 @pytest.mark.amd
@@ -46,5 +55,13 @@ def test_kvm_selftest(run_on_amd, program, pytestconfig):
 @pytest.mark.parametrize("intel_program", programs("intel"))
 def test_kvm_selftest_on_intel(intel_kvm_selftests, intel_program):
     result = intel_kvm_selftests[intel_program.name]
+    if result.verdict != "ok":
+        pytest.fail(f"{result}", pytrace=False)
+
+
+@pytest.mark.debug
+@pytest.mark.parametrize("program", programs("amd", "amd-long"))
+def test_kvm_selftest_on_debug_kernel(debug_host, program):
+    result = debug_host.run(program, factor=5)
     if result.verdict != "ok":
         pytest.fail(f"{result}", pytrace=False)

@@ -53,14 +53,14 @@ class Amd:
         self.options = options
         self.host = None
 
-    def run(self, test):
+    def run(self, test, factor=1):
         output = bytearray()
         status = None
         try:
             if not self.host:
                 self.host = host.Host("amd", **self.options)
-                self.host.start()
-            status = self.host.run(test.argv, test.seconds, output.extend, cwd="/tmp")
+                self.host.start(120 * factor)
+            status = self.host.run(test.argv, test.seconds * factor, output.extend, cwd="/tmp")
             trouble = self.host.trouble()
             if trouble:
                 trouble = f"the host's kernel complained:\n{trouble}"
