@@ -9,34 +9,48 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "host"))
 import host  # noqa: E402
+import kvm_selftests  # noqa: E402
 import selftest  # noqa: E402
 
-ORDER = ("unit", "amd", "intel")
+ORDER = ("unit", "amd", "intel", "debug")
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: min((n for n, m in enumerate(ORDER) if i.get_closest_marker(m)), default=len(ORDER)))
 
 
-intel_result = Future()
+def background(jobs):
+    """Runs the functions one after the other in a thread, each for its Future."""
+    for future, function, *args in jobs:
+        try:
+            future.set_result(function(*args))
+        except Exception as e:      # raised by result()
+            future.set_exception(e)
 
 
-def run_on_intel():
-    try:
-        intel_result.set_result(selftest.run("intel"))
-    except Exception as e:      # raised by result()
-        intel_result.set_exception(e)
+intel_result, intel_kvm_result = Future(), Future()
 
 
 def pytest_collection_finish(session):
     # The Intel host is slow and uses one CPU: let it work while the AMD host's tests run.
-    if not session.config.option.collectonly and any(i.get_closest_marker("intel") for i in session.items):
-        threading.Thread(target=run_on_intel, daemon=True).start()
+    items = [i for i in session.items if i.get_closest_marker("intel")]
+    if session.config.option.collectonly or not items:
+        return
+    kvms = [i.callspec.params["intel_program"] for i in items if "intel_program" in i.fixturenames]
+    jobs = [(intel_kvm_result, kvm_selftests.run_on_intel, kvms)] if kvms else []
+    if len(items) > len(kvms):
+        jobs.insert(0, (intel_result, selftest.run, "intel"))
+    threading.Thread(target=background, args=(jobs,), daemon=True).start()
 
 
 @pytest.fixture(scope="session")
 def intel_selftest():
     return intel_result.result()        # not for ever: the host has its deadline
+
+
+@pytest.fixture(scope="session")
+def intel_kvm_selftests():
+    return intel_kvm_result.result()
 
 
 class AmdHost:
@@ -80,3 +94,8 @@ def amd():
 @pytest.fixture(scope="session")
 def amd_selftest():
     return selftest.run("amd")
+
+
+@pytest.fixture(scope="session")
+def debug_selftest():
+    return selftest.run_debug()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel selftest (linux/tools/testing/selftests/kvm/x86_64/kvmi_test.c) on both hosts: kvmi_CASE[amd], kvmi_CASE[intel]."""
+"""The kernel selftest (linux/tools/testing/selftests/kvm/x86_64/kvmi_test.c) on both hosts: kvmi_CASE[amd], kvmi_CASE[intel].
+And on the AMD host with the debug kernel: kvmi_CASE[debug]."""
 import pytest
 
 import selftest
 
-on_both_hosts = pytest.mark.parametrize("result", [pytest.param(v, marks=getattr(pytest.mark, v)) for v in ("amd", "intel")],
-                                        indirect=True)
+on_all_hosts = pytest.mark.parametrize("result", [pytest.param(v, marks=getattr(pytest.mark, v)) for v in ("amd", "intel", "debug")],
+                                       indirect=True)
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def result(request):
 
 
 def make(case):
-    @on_both_hosts
+    @on_all_hosts
     def test(result):
         verdict, text = result.cases.get(case, ("not in the output", "kvmi_whole shows all of it"))
         if verdict == "skip":
@@ -28,7 +29,7 @@ for name in selftest.cases():
     globals()[f"kvmi_{name}"] = make(name)
 
 
-@on_both_hosts
+@on_all_hosts
 def kvmi_whole(result):
     """The host, its kernel's log, the program's status, and that each case in the output is known from the source."""
     if result.trouble:

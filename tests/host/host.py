@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 BUILD = Path(os.environ.get("KVMI_BUILD") or TOP / "build").resolve()
+DEBUG_KERNEL = BUILD / "linux/debug/bzImage"
 
 # What a healthy host kernel never says. Looked for from "kvmi-host: ready" on.
 TROUBLE = re.compile(r"WARNING:|BUG:|\bOops\b|general protection fault|Call Trace|Kernel panic|kernel BUG at|KASAN|UBSAN"
@@ -107,7 +108,7 @@ class Host:
         self.vendor = vendor
         self.cpus = cpus or (2 if vendor == "amd" else 1)
         self.icount = icount        # AMD: the clock counts instructions (2 ns each), for measurements
-        self.kernel = Path(kernel or BUILD / "linux/vmlinuz")
+        self.kernel = Path(kernel or BUILD / "linux/vmlinuz").resolve()
         self.stock = BUILD / "linux/stock"
         # A kernel of one's own comes with everything built in, unless there is a folder of modules for it too.
         self.builtin = bool(kernel) and not modules_dir
@@ -165,7 +166,11 @@ class Host:
         return path
 
     def cmdline(self):
-        return (f"kvmi_host={self.vendor} kvm.introspection=1 loglevel=5 mitigations=off panic=-1 tsc=reliable no_timer_check nowatchdog "
+        kvm = " ".join(f"kvm.{a}" for a in self.kvm_args.split())      # for a kernel that has it built in
+        if self.builtin:
+            # KASAN takes good addresses for wild ones in an interrupt while identify_cpu() sets up LA57's CPU flag anew.
+            kvm += " no5lvl"
+        return (f"kvmi_host={self.vendor} {kvm} loglevel=5 mitigations=off panic=-1 tsc=reliable no_timer_check nowatchdog "
                 "random.trust_cpu=1 audit=0 apparmor=0 cryptomgr.notests 8250.nr_uarts=2")
 
     def amd_boot(self):

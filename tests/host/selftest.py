@@ -7,7 +7,7 @@ import host
 
 SOURCE = host.TOP / "linux/tools/testing/selftests/kvm/x86_64/kvmi_test.c"
 BINARY = host.BUILD / "linux/selftest/kvmi_test"
-TIMEOUT = {"amd": 400, "intel": 900}     # several times what an idle machine needs
+TIMEOUT = {"amd": 400, "intel": 900, "debug": 1800}     # several times what an idle machine needs
 
 
 def cases():
@@ -62,3 +62,23 @@ def run(vendor):
     except host.HostError as e:
         trouble = str(e)
     return Result(status, output.decode(errors="replace"), trouble)
+
+
+def run_debug():
+    """On the AMD host with the debug kernel. That has KVM built in: the run with the parameter off takes another boot."""
+    output = bytearray()
+    statuses = []
+    trouble = ""
+    try:
+        test = host.need(BINARY, "build the selftest first")
+        kernel = host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")
+        for kvm_args, argv in (("introspection=1", [test]), ("introspection=0", [test, "-f", "kvmi_off"])):
+            with host.Host("amd", kernel=kernel, kvm_args=kvm_args) as h:
+                h.start(300)
+                statuses.append(h.run(argv, TIMEOUT["debug"], output.extend))
+                trouble += h.trouble()
+        if trouble:
+            trouble = f"the host's kernel complained:\n{trouble}"
+    except host.HostError as e:
+        trouble = str(e)
+    return Result(max(statuses, default=None), output.decode(errors="replace"), trouble)
