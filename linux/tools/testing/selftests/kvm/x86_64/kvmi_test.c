@@ -377,6 +377,9 @@ static void guest_serve(void)
 		}
 		__cpuid(0, 0, &regs[0], &regs[1], &regs[2], &regs[3]);
 	}
+	GUEST_DONE();
+}
+
 /*
  * Guests to be stepped.  Each has a table of where its steps begin, and begins
  * with an INT3 that is not among them.  What is pushed or saved of RFLAGS goes
