@@ -4,13 +4,15 @@
 # Our change to a source tree as a series of commits.  Included by
 # scripts/edit, scripts/refresh and scripts/export-series, after lib.sh.
 
-# pick_tree linux|qemu: sets kind, pristine, what, ours
+# pick_tree linux|qemu: sets kind, pristine, what, ours and context, the lines
+# of context in the hook patches: fewer than usual for Linux, whose stable
+# versions change the surroundings of a hook more often than the place itself
 pick_tree()
 {
     kind=$1
     case $kind in
-    linux) pristine=$LINUX_SRC what="Linux $LINUX_VER" FITS="Linux 6.12.y" ;;
-    qemu) pristine=$QEMU_SRC what="QEMU $QEMU_VER" FITS="QEMU 10.0.y" ;;
+    linux) pristine=$LINUX_SRC what="Linux $LINUX_VER" FITS="Linux 6.12.y" context=2 ;;
+    qemu) pristine=$QEMU_SRC what="QEMU $QEMU_VER" FITS="QEMU 10.0.y" context=3 ;;
     *) die "linux or qemu, not \"$kind\"" ;;
     esac
     ours=$top/$kind
