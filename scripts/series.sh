@@ -33,7 +33,7 @@ identity()
 # made once per version, which takes a minute or two for Linux
 base_repo()
 {
-    base=$CACHE/git/${pristine##*/}
+    base=$CACHE/git/$(source_id "$pristine").git
     mkdir -p "$CACHE/git"
     lock "$CACHE/git/lock"
     if [ ! -d "$base" ]; then
@@ -46,7 +46,14 @@ base_repo()
             git config core.bare false
             git config core.autocrlf false
             # The tree's own .gitignore has nothing to say about this
-            git add -A -f . && git commit -q -m "$what" && git tag pristine
+            git add -A -f . || exit
+            # That of Debian's kernel ignores whatever is new
+            if [ -f "$pristine/.gitignore" ]; then
+                object=$(sed -e '/^\/\*$/d' -e '/^!\/debian\/$/d' "$pristine/.gitignore" |
+                         git hash-object -w --stdin) &&
+                    git update-index --cacheinfo "100644,$object,.gitignore" || exit
+            fi
+            git commit -q -m "$what" && git tag pristine
         ) || { check_disk_full "$CACHE"; die "cannot make a repository of $pristine"; }
         git -C "$base.tmp" config core.bare true
         mv "$base.tmp" "$base"
