@@ -195,7 +195,8 @@ apply_patch()
             /No such file|corrupt|patch fragment|already exists/ { print "    " p ": " $0 }' >&2
     die "the patch ${_patch##*/} does not fit this source tree" \
         "The hooks are made for ${FITS:-another version}; the lines above name file and hunk." \
-        "Adapt the patch, see scripts/edit and scripts/refresh."
+        "Adapt it by hand: $_patch" \
+        "Then run the same again; in the end scripts/edit and scripts/refresh make it tidy."
 }
 
 # lay_tree PRISTINE OURS DEST [PATH...]

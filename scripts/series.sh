@@ -133,7 +133,8 @@ make_commits()
             author=$(patch_author "$ours/patches/$1")
             git -C "$repo" apply --cached --whitespace=nowarn "$ours/patches/$1" 2>"$repo/.git/kvmi-err" || {
                 cat "$repo/.git/kvmi-err" >&2
-                die "the patch $1 does not fit $what with what is before it in the series"
+                die "the patch $1 does not fit $what with what is before it in the series" \
+                    "Adapt it by hand: $ours/patches/$1" "Then run the same again."
             }
         fi
         git -C "$repo" commit -q --no-verify --cleanup=whitespace ${author:+--author="$author"} -F "$msg" ||
