@@ -101,8 +101,14 @@ apt_setup()
         return
     fi
     step APT "reading the package lists"
+    need_space "$apt" 300 "the package lists"
+    # In the foreground: Ctrl-C is for apt, too
     # shellcheck disable=SC2046
-    timeout 900 apt-get $(apt_options) -q update >"$apt/update.log" 2>&1 </dev/null || :
+    timeout --foreground 900 apt-get $(apt_options) -q update >"$apt/update.log" 2>&1 </dev/null || {
+        # On a full disk apt may wait for ever
+        [ $? != 124 ] || echo "E: apt-get update took more than 15 minutes" >>"$apt/update.log"
+        check_disk_full "$apt"
+    }
     grep -E '^(W|E|Err)' "$apt/update.log" >"$apt/update.err" ||
         cp "$apt/kvmi.sources" "$apt/updated"
 }
@@ -148,9 +154,9 @@ apt_fetch()
         cd "$_partial" || exit 1
         # shellcheck disable=SC2046,SC2086
         if [ -t 1 ]; then
-            timeout 3600 apt-get $(apt_options) $_what "$@" 2>"$apt/fetch.log"
+            timeout --foreground 3600 apt-get $(apt_options) $_what "$@" 2>"$apt/fetch.log"
         else
-            timeout 3600 apt-get -q $(apt_options) $_what "$@" >"$apt/fetch.out" 2>"$apt/fetch.log"
+            timeout --foreground 3600 apt-get -q $(apt_options) $_what "$@" >"$apt/fetch.out" 2>"$apt/fetch.log"
         fi
     ) </dev/null || {
         explain_apt "$apt/fetch.log"

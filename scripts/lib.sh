@@ -131,6 +131,20 @@ setup_ccache()
     fi
 }
 
+# source_id DIR: a name for what is made of a source tree.  Those in the cache
+# stay as they are, one that was given may be of another version tomorrow.
+source_id()
+{
+    case $1 in
+    "$CACHE"/src/*) echo "${1##*/}" ;;
+    *)  echo "${1##*/}-$({
+            echo "$1"
+            [ ! -e "$1/.git" ] || git -C "$1" rev-parse HEAD
+            cat "$1/Makefile" "$1/VERSION" || :
+        } 2>/dev/null | cksum | cut -d ' ' -f 1)" ;;
+    esac
+}
+
 # ---- hooks and new files ----------------------------------------------------
 #
 # linux/patches/series and qemu/patches/series list, in this order, what makes
@@ -181,7 +195,8 @@ apply_patch()
             /No such file|corrupt|patch fragment|already exists/ { print "    " p ": " $0 }' >&2
     die "the patch ${_patch##*/} does not fit this source tree" \
         "The hooks are made for ${FITS:-another version}; the lines above name file and hunk." \
-        "Adapt the patch, see scripts/edit and scripts/refresh."
+        "Adapt it by hand: $_patch" \
+        "Then run the same again; in the end scripts/edit and scripts/refresh make it tidy."
 }
 
 # lay_tree PRISTINE OURS DEST [PATH...]
@@ -194,14 +209,15 @@ lay_tree()
     _pristine=$1 _ours=$2 _dest=$3
     shift 3
     _stage=$_dest.stage
-    if [ "$(cat "$_dest.from" 2>/dev/null)" != "$_pristine $*" ]; then
+    _from="$_pristine $(source_id "$_pristine") $*"
+    if [ "$(cat "$_dest.from" 2>/dev/null)" != "$_from" ]; then
         rm -rf "$_dest" "$_dest.list"
         mkdir -p "$_dest"
         # (quoted so by intention: a PATH may be a pattern)
         # shellcheck disable=SC2048,SC2086
-        (cd "$_pristine" && tar -cf - ${*:-.}) | tar -xf - -C "$_dest" ||
+        (cd "$_pristine" && tar -cf - --exclude=.git ${*:-.}) | tar -xf - -C "$_dest" ||
             { check_disk_full "$_dest"; die "cannot copy $_pristine to $_dest"; }
-        echo "$_pristine $*" >"$_dest.from"
+        echo "$_from" >"$_dest.from"
     fi
     rm -rf "$_stage"
     mkdir -p "$_stage"

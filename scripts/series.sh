@@ -4,13 +4,15 @@
 # Our change to a source tree as a series of commits.  Included by
 # scripts/edit, scripts/refresh and scripts/export-series, after lib.sh.
 
-# pick_tree linux|qemu: sets kind, pristine, what, ours
+# pick_tree linux|qemu: sets kind, pristine, what, ours and context, the lines
+# of context in the hook patches: fewer than usual for Linux, whose stable
+# versions change the surroundings of a hook more often than the place itself
 pick_tree()
 {
     kind=$1
     case $kind in
-    linux) pristine=$LINUX_SRC what="Linux $LINUX_VER" FITS="Linux 6.12.y" ;;
-    qemu) pristine=$QEMU_SRC what="QEMU $QEMU_VER" FITS="QEMU 10.0.y" ;;
+    linux) pristine=$LINUX_SRC what="Linux $LINUX_VER" FITS="Linux 6.12.y" context=2 ;;
+    qemu) pristine=$QEMU_SRC what="QEMU $QEMU_VER" FITS="QEMU 10.0.y" context=3 ;;
     *) die "linux or qemu, not \"$kind\"" ;;
     esac
     ours=$top/$kind
@@ -31,7 +33,7 @@ identity()
 # made once per version, which takes a minute or two for Linux
 base_repo()
 {
-    base=$CACHE/git/${pristine##*/}
+    base=$CACHE/git/$(source_id "$pristine").git
     mkdir -p "$CACHE/git"
     lock "$CACHE/git/lock"
     if [ ! -d "$base" ]; then
@@ -44,7 +46,14 @@ base_repo()
             git config core.bare false
             git config core.autocrlf false
             # The tree's own .gitignore has nothing to say about this
-            git add -A -f . && git commit -q -m "$what" && git tag pristine
+            git add -A -f . || exit
+            # That of Debian's kernel ignores whatever is new
+            if [ -f "$pristine/.gitignore" ]; then
+                object=$(sed -e '/^\/\*$/d' -e '/^!\/debian\/$/d' "$pristine/.gitignore" |
+                         git hash-object -w --stdin) &&
+                    git update-index --cacheinfo "100644,$object,.gitignore" || exit
+            fi
+            git commit -q -m "$what" && git tag pristine
         ) || { check_disk_full "$CACHE"; die "cannot make a repository of $pristine"; }
         git -C "$base.tmp" config core.bare true
         mv "$base.tmp" "$base"
@@ -124,7 +133,8 @@ make_commits()
             author=$(patch_author "$ours/patches/$1")
             git -C "$repo" apply --cached --whitespace=nowarn "$ours/patches/$1" 2>"$repo/.git/kvmi-err" || {
                 cat "$repo/.git/kvmi-err" >&2
-                die "the patch $1 does not fit $what with what is before it in the series"
+                die "the patch $1 does not fit $what with what is before it in the series" \
+                    "Adapt it by hand: $ours/patches/$1" "Then run the same again."
             }
         fi
         git -C "$repo" commit -q --no-verify --cleanup=whitespace ${author:+--author="$author"} -F "$msg" ||

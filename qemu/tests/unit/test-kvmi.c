@@ -1031,7 +1031,7 @@ static void test_object_handshake(void)
     secret = object_new_with_props("secret", object_get_objects_root(), "sec",
                                    &error_abort, "data", cookie, NULL);
     obj = add_object("k", &error_abort, "chardev", "chr", "key", "sec",
-                     "handshake-timeout-ms", "100", NULL);
+                     "handshake-timeout-ms", "1000", NULL);
 
     /* No answer */
     fd = tool_accept();
