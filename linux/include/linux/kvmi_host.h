@@ -29,7 +29,7 @@ struct kvm_page_fault;
 struct x86_emulate_ctxt;
 
 bool kvmi_maps_execonly(void);
-unsigned int __kvmi_pte_access(struct kvm *kvm,
+unsigned int __kvmi_pte_access(struct kvm_vcpu *vcpu,
 			       const struct kvm_memory_slot *slot, gfn_t gfn,
 			       int level, unsigned int pte_access);
 int __kvmi_max_mapping_level(struct kvm *kvm,
@@ -53,7 +53,7 @@ kvmi_pte_access(struct kvm_vcpu *vcpu, const struct kvm_memory_slot *slot,
 	if (likely(!vcpu->kvm->kvmi))
 		return pte_access;
 
-	return __kvmi_pte_access(vcpu->kvm, slot, gfn, level, pte_access);
+	return __kvmi_pte_access(vcpu, slot, gfn, level, pte_access);
 }
 
 static inline int kvmi_max_mapping_level(struct kvm *kvm,

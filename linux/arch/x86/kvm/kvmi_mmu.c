@@ -173,16 +173,18 @@ static u8 kvmi_mapped_access(struct kvm_introspection *kvmi, gfn_t gfn)
 	return 0;
 }
 
-unsigned int __kvmi_pte_access(struct kvm *kvm,
+/* A nested guest, which has mappings of its own, isn't restricted */
+unsigned int __kvmi_pte_access(struct kvm_vcpu *vcpu,
 			       const struct kvm_memory_slot *slot, gfn_t gfn,
 			       int level, unsigned int pte_access)
 {
 	u8 access;
 
-	if (level > PG_LEVEL_4K || !kvmi_restricts_slot(slot))
+	if (level > PG_LEVEL_4K || is_guest_mode(vcpu) ||
+	    !kvmi_restricts_slot(slot))
 		return pte_access;
 
-	access = kvmi_mapped_access(kvm->kvmi, gfn);
+	access = kvmi_mapped_access(vcpu->kvm->kvmi, gfn);
 	if (!(access & KVMI_PAGE_ACCESS_R))
 		pte_access &= ~ACC_USER_MASK;
 	if (!(access & KVMI_PAGE_ACCESS_W))
@@ -227,7 +229,7 @@ static u8 kvmi_fault_access(const struct kvm_page_fault *fault)
 bool __kvmi_page_fault_denied(struct kvm_vcpu *vcpu,
 			      const struct kvm_page_fault *fault)
 {
-	return kvmi_restricts_slot(fault->slot) &&
+	return !is_guest_mode(vcpu) && kvmi_restricts_slot(fault->slot) &&
 	       !(kvmi_mapped_access(vcpu->kvm->kvmi, fault->gfn) &
 		 kvmi_fault_access(fault));
 }

@@ -19,6 +19,7 @@
 #include "apic.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "svm_util.h"
 #include "test_util.h"
 #include "ucall_common.h"
 
@@ -5750,6 +5751,66 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_not_the_tools, guest_access)
 	TEST_ASSERT_EQ(val, 5);
 	unhook(vm);
 	stop_access(&r);
+}
+
+static void nested_access(void)
+{
+	WRITE_ONCE(*(u64 *)target, 0x99);
+	asm volatile("vmmcall");
+}
+
+static void guest_nested(struct svm_test_data *svm)
+{
+	static u64 stack[64];
+
+	WRITE_ONCE(*(u64 *)target, 1);
+	generic_svm_setup(svm, nested_access, &stack[ARRAY_SIZE(stack)]);
+	run_guest(svm->vmcb, svm->vmcb_gpa);
+	WRITE_ONCE(result, svm->vmcb->control.exit_code);
+	WRITE_ONCE(*(u64 *)target, 2);
+	GUEST_DONE();
+}
+
+/* The guest's guests are their own, and the guest is restricted again after */
+KVM_ONE_VCPU_TEST(kvmi, page_access_nested, guest_nested)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 gva, gpa, svm_gva, *page;
+	struct runner r;
+	struct event ev;
+	u32 seq;
+
+	if (!kvm_cpu_has(X86_FEATURE_SVM)) {
+		print_skip("no nested SVM");
+		return;
+	}
+
+	gva = vm_vaddr_alloc_page(vm);
+	gpa = addr_gva2gpa(vm, gva);
+	page = addr_gva2hva(vm, gva);
+	guest_write(vm, target, gva);
+	vcpu_alloc_svm(vm, &svm_gva);
+	vcpu_args_set(vcpu, 1, svm_gva);
+
+	hook(vm);
+	assert_err(set_page_access(gpa, ACCESS_R), 0);
+	seq = send_vcpu_msg(KVMI_VCPU_CONTROL_EVENTS, 0,
+		      &(struct kvmi_vcpu_control_events) {
+			.event_id = KVMI_VCPU_EVENT_PF,
+			.enable = 1,
+		      }, sizeof(struct kvmi_vcpu_control_events));
+	get_version();
+	start(&r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_CONTROL_EVENTS, seq, NULL, 0), 0);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	reply_continue(&ev);
+	get_pf(&ev, gva, gpa, ACCESS_W);
+	TEST_ASSERT_EQ(*page, 0x99);
+	TEST_ASSERT_EQ(guest_read(vm, result), SVM_EXIT_VMMCALL);
+	reply_continue(&ev);
+	join_done(&r);
+	TEST_ASSERT_EQ(*page, 2);
+	unhook(vm);
 }
 
 /* Inside a huge page, which must come back to be one mapping as it was */
