@@ -387,7 +387,7 @@ static bool kvmi_cr_raise(struct kvm_vcpu *vcpu, unsigned int cr,
 	case 0:
 		data.old_value = kvm_read_cr0(vcpu);
 		val |= X86_CR0_ET;
-		val &= ~(unsigned long)(u32)CR0_RESERVED_BITS;
+		val &= ~(CR0_RESERVED_BITS & U32_MAX);
 		break;
 	case 3:
 		data.old_value = kvm_read_cr3(vcpu);

@@ -95,7 +95,7 @@ struct kvmi_out {
 #define KVMI_MAX_JOURNAL 65536
 
 struct kvmi_journal {
-	struct mutex lock;
+	struct mutex lock;		/* all of it */
 	struct hlist_head *heads;
 	unsigned int nr;
 	unsigned int restored;	/* of the last session */
