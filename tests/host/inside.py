@@ -168,12 +168,12 @@ class Guest:
         """The kvmi object the scenarios start with, as object-add takes it."""
         return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
 
-    def start(self, kvmi=True, extra=()):
+    def start(self, kvmi=True, extra=(), vcpus=2):
         self.kill()
         subprocess.run(["rm", "-rf", DIR], check=True)
         DIR.mkdir(parents=True)
         argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
-                "-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "host,svm=off", "-smp", "2", "-m", "256",
+                "-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
                 "-nodefaults", "-display", "none", "-no-reboot", "-kernel", BUILD / "linux/vmlinuz",
                 "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline, "-serial", f"file:{self.serial}",
                 "-qmp", f"unix:{DIR}/qmp,server=on,wait=off", "-qmp", f"unix:{DIR}/qmp2,server=on,wait=off",
