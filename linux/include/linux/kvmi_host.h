@@ -43,6 +43,7 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 			    u64 pfec);
 bool __kvmi_emulator_access_std(struct kvm_vcpu *vcpu, gva_t gva,
 				unsigned int bytes, u64 pfec);
+void __kvmi_set_injecting(struct kvm_vcpu *vcpu, bool injecting);
 bool __kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 			    const struct x86_emulate_ctxt *ctxt, int r);
 
@@ -91,6 +92,12 @@ static inline bool kvmi_emulator_access_std(struct kvm_vcpu *vcpu, gva_t gva,
 {
 	return unlikely(vcpu->kvmi) &&
 	       __kvmi_emulator_access_std(vcpu, gva, bytes, pfec);
+}
+
+static inline void kvmi_set_injecting(struct kvm_vcpu *vcpu, bool injecting)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_set_injecting(vcpu, injecting);
 }
 
 static inline bool kvmi_emulation_ended(struct kvm_vcpu *vcpu,
@@ -248,6 +255,10 @@ static inline bool kvmi_emulator_access_std(struct kvm_vcpu *vcpu, gva_t gva,
 					    unsigned int bytes, u64 pfec)
 {
 	return false;
+}
+
+static inline void kvmi_set_injecting(struct kvm_vcpu *vcpu, bool injecting)
+{
 }
 
 static inline bool kvmi_emulation_ended(struct kvm_vcpu *vcpu,

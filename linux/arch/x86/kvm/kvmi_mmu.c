@@ -354,8 +354,12 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 	u8 access;
 
 	if (xa_empty(&kvmi->page_access) || is_guest_mode(vcpu) ||
-	    is_smm(vcpu))
+	    is_smm(vcpu) || vcpu->kvmi->arch.injecting)
 		return false;
+
+	/* The emulator may be called again before the run loop comes by */
+	if (vcpu->kvmi->ev.open)
+		return true;
 
 	if (pfec & PFERR_FETCH_MASK)
 		access = KVMI_PAGE_ACCESS_X;
@@ -370,6 +374,15 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 		return false;
 
 	return kvmi_raise_pf(vcpu, gva, gpa, access, 0);
+}
+
+/*
+ * Without unrestricted guest KVM delivers the interrupts of real mode.  That
+ * can't be given up half-way, so nobody is asked.
+ */
+void __kvmi_set_injecting(struct kvm_vcpu *vcpu, bool injecting)
+{
+	vcpu->kvmi->arch.injecting = injecting;
 }
 
 /* For what the CPU does by itself, e.g. with descriptors */

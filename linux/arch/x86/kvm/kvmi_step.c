@@ -100,6 +100,9 @@ int kvmi_arch_control_singlestep(struct kvm_vcpu *vcpu, bool enable)
 		kvm_make_request(KVM_REQ_EVENT, vcpu);
 	}
 	step->on = enable;
+	/* An interrupt is what ends the HLT that it is in */
+	if (enable && vcpu->arch.mp_state == KVM_MP_STATE_HALTED)
+		step->halted = true;
 
 	return 0;
 }
@@ -121,7 +124,8 @@ bool __kvmi_step_begin(struct kvm_vcpu *vcpu)
 	struct kvmi_step *step = &vcpu->kvmi->arch.step;
 
 	/* A guest's guest is none of the tool's business */
-	if (!__kvmi_step_owned(vcpu) || is_guest_mode(vcpu))
+	if (!__kvmi_step_owned(vcpu) || is_guest_mode(vcpu) ||
+	    vcpu->arch.guest_state_protected)
 		return false;
 
 	step->begun = true;
@@ -261,7 +265,7 @@ void __kvmi_exception_queue(struct kvm_vcpu *vcpu)
 	}
 
 	if (ex->state != KVMI_EXCEPTION_WAITS || (busy && ex->reported) ||
-	    !kvmi_vcpu_in_session(vcpu))
+	    is_guest_mode(vcpu) || !kvmi_vcpu_in_session(vcpu))
 		return;
 
 	ex->state = KVMI_EXCEPTION_DUE;
@@ -299,6 +303,7 @@ void __kvmi_exception_injected(struct kvm_vcpu *vcpu, bool *immediate_exit)
 	} else if (vcpu->arch.interrupt.injected) {
 		data.nr = vcpu->arch.interrupt.nr;
 	} else {
+		ex->state = KVMI_EXCEPTION_WAITS;
 		return;
 	}
 

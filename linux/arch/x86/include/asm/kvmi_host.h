@@ -64,6 +64,7 @@ struct kvmi_exception {
 struct kvmi_vcpu_arch {
 	bool intercept_bp;
 	struct kvmi_pf pf;
+	bool injecting;		/* KVM does for the guest what its CPU would */
 
 	u8 intercept_crs;		/* a bit for each CR */
 	bool intercept_desc;

@@ -54,6 +54,9 @@ void __svm_step_begin(struct kvm_vcpu *vcpu, bool *force_immediate_exit)
 	}
 
 	step->armed = true;
+	/* The CPU would deliver it by itself, and save TF */
+	step->vnmi = control->int_ctl & V_NMI_PENDING_MASK;
+	control->int_ctl &= ~V_NMI_PENDING_MASK;
 	step->trap = !(control->event_inj & SVM_EVTINJ_VALID);
 	step->rip = save->rip;
 	step->tf = save->rflags & X86_EFLAGS_TF;
@@ -114,6 +117,7 @@ void __svm_step_end(struct kvm_vcpu *vcpu)
 	}
 
 	step->armed = false;
+	control->int_ctl |= step->vnmi;
 	memcpy(control->intercepts, step->intercepts,
 	       sizeof(step->intercepts));
 	vmcb_mark_dirty(svm->vmcb, VMCB_INTERCEPTS);

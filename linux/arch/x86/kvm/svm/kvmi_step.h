@@ -27,6 +27,7 @@ struct svm_kvmi_step {
 	u64 dr6_bs;
 	u64 efer;
 	u64 dbgctl;
+	u32 vnmi;		/* V_NMI_PENDING, held back */
 	u32 intercepts[MAX_INTERCEPT];
 };
 
