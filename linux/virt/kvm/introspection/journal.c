@@ -236,7 +236,9 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 
 	idx = srcu_read_lock(&kvmi->kvm->srcu);
 	mutex_lock(&journal->lock);
-	for (i = 0; journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
+	/* Meanwhile UNHOOK may have done it, and another session have begun */
+	for (i = 0; !kvmi_session_alive(atomic_read(&kvmi->session)) &&
+		    journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
 					  node) {
 			if (kvmi_journal_restore_one(kvmi->kvm, entry))

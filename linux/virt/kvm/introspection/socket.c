@@ -281,6 +281,13 @@ static int kvmi_fill(struct kvm_introspection *kvmi)
 	if (ret <= 0)
 		return ret ?: -EPIPE;
 
+	/*
+	 * Files, or other things that nobody has asked for.  The receive
+	 * thread doesn't come to close files before it exits.
+	 */
+	if (msg.msg_flags & MSG_CTRUNC)
+		return -EPROTO;
+
 	kvmi->in_size += ret;
 	return 0;
 }

@@ -462,14 +462,19 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 {
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
-	/* Nothing of the old session arrives after this */
 	int session = atomic_read_acquire(&kvmi->session);
+	bool answered;
 
 	if (kv->session == session)
 		return 1;
 
-	/* Its last word is still in the queue */
-	if (READ_ONCE(kv->ev.answered))
+	/* Its last word is in the queue already, or it comes too late */
+	spin_lock(&kv->lock);
+	answered = kv->ev.answered;
+	if (!answered)
+		kv->ev.sent = false;
+	spin_unlock(&kv->lock);
+	if (answered)
 		return 1;
 
 	/* Before this vCPU no longer intercepts what would hit it */
@@ -575,12 +580,30 @@ static void kvmi_run_command(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
 	kvmi_out_reply_done(&kv->out, &job->hdr, ec, rpl_size);
 }
 
-static struct kvmi_job *kvmi_next_job(struct kvm_vcpu_introspection *kv)
+/*
+ * Is what is queued for the session that this vCPU follows?  Who queues for
+ * the next one does so after it has begun.
+ */
+static bool kvmi_queue_is_mine(struct kvm_vcpu *vcpu)
 {
-	struct kvmi_job *job;
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+
+	lockdep_assert_held(&kv->lock);
+
+	/* The last word of a session that has ended comes before the next's */
+	return kv->ev.answered ||
+	       atomic_read(&vcpu->kvm->kvmi->session) == kv->session;
+}
+
+static struct kvmi_job *kvmi_next_job(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	struct kvmi_job *job = NULL;
 
 	spin_lock(&kv->lock);
-	job = list_first_entry_or_null(&kv->jobs, struct kvmi_job, link);
+	if (kvmi_queue_is_mine(vcpu))
+		job = list_first_entry_or_null(&kv->jobs, struct kvmi_job,
+					       link);
 	if (job) {
 		list_del(&job->link);
 		kv->nr_jobs--;
@@ -590,12 +613,13 @@ static struct kvmi_job *kvmi_next_job(struct kvm_vcpu_introspection *kv)
 	return job;
 }
 
-static bool kvmi_take_pause(struct kvm_vcpu_introspection *kv)
+static bool kvmi_take_pause(struct kvm_vcpu *vcpu)
 {
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 	bool pause;
 
 	spin_lock(&kv->lock);
-	pause = kv->pauses > 0;
+	pause = kv->pauses > 0 && kvmi_queue_is_mine(vcpu);
 	if (pause)
 		kv->pauses--;
 	spin_unlock(&kv->lock);
@@ -700,7 +724,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 		return 1;
 	}
 
-	job = kvmi_next_job(kv);
+	job = kvmi_next_job(vcpu);
 	if (job) {
 		if (job->hdr.id == KVMI_VCPU_EVENT)
 			*r = kvmi_event_close(vcpu, (void *)job->body +
@@ -720,7 +744,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 	if (kvmi_arch_exception_due(vcpu))
 		return 0;
 
-	if (kvmi_take_pause(kv)) {
+	if (kvmi_take_pause(vcpu)) {
 		kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
 		return 1;
 	}
