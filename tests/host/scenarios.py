@@ -299,8 +299,10 @@ def stop_deadline_is_an_option(g):
         assert 0.75 <= data["duration"] / 1e6 < 3, data
         cont(g)
         mark = g.qmp.mark()
+        told = w.mark()
         w.signal(signal.SIGCONT)
         wait_state(g, "hooked", mark)
+        w.event("ready", since=told, timeout=20)    # has asked to be told of the next stop
         g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=2000)
         w.signal(signal.SIGSTOP)
         data, _ = stop(g)
