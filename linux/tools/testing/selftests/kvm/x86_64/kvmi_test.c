@@ -4011,6 +4011,33 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 	stop_guest(&r);
 }
 
+/* Nobody has asked for files, which KVM would have to keep until it closes them */
+KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
+{
+	struct kvmi_msg_hdr hdr = { .id = KVMI_GET_VERSION };
+	struct iovec iov = { .iov_base = &hdr, .iov_len = sizeof(hdr) };
+	union {
+		struct cmsghdr cmsg;
+		u8 space[CMSG_SPACE(sizeof(int))];
+	} control = { .cmsg = {
+		.cmsg_len = CMSG_LEN(sizeof(int)),
+		.cmsg_level = SOL_SOCKET,
+		.cmsg_type = SCM_RIGHTS,
+	} };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = sizeof(control),
+	};
+
+	hook(vcpu->vm);
+	memcpy(CMSG_DATA(&control.cmsg), &vcpu->vm->fd, sizeof(int));
+	TEST_ASSERT_EQ(sendmsg(tool.fd, &msg, MSG_NOSIGNAL), sizeof(hdr));
+	assert_closed();
+	unhook(vcpu->vm);
+}
+
 /* The journal */
 
 extern u8 journal_insn[];
