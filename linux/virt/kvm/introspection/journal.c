@@ -12,6 +12,7 @@
 #include <linux/uaccess.h>
 
 #include "kvmi_int.h"
+#include "trace.h"
 
 #define KVMI_JOURNAL_BITS 13
 
@@ -228,6 +229,7 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 	struct kvmi_journal *journal = &kvmi->journal;
 	struct kvmi_journal_entry *entry;
 	struct hlist_node *next;
+	bool restored;
 	int i, idx;
 
 	if (kvmi_session_alive(atomic_read(&kvmi->session)) ||
@@ -241,8 +243,10 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 		    journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
 					  node) {
-			if (kvmi_journal_restore_one(kvmi->kvm, entry))
-				journal->restored++;
+			restored = kvmi_journal_restore_one(kvmi->kvm, entry);
+			journal->restored += restored;
+			trace_kvmi_restore(kvmi->kvm, entry->gpa,
+					   entry->before, restored);
 			kvmi_journal_drop(journal, entry);
 		}
 		cond_resched();

@@ -98,7 +98,7 @@ struct kvmi_journal {
 	struct mutex lock;		/* all of it */
 	struct hlist_head *heads;
 	unsigned int nr;
-	unsigned int restored;	/* of the last session */
+	unsigned int restored;		/* of the last session */
 };
 
 struct kvm_introspection {
@@ -118,7 +118,12 @@ struct kvm_introspection {
 	struct list_head waiters;
 
 	atomic_t session;
-	atomic_t event_seq;
+
+	/* Of this session, or the last; see KVM_INTROSPECTION_STATUS */
+	u32 end;		/* written by who ends it */
+	atomic64_t nr_events;	/* the lower half is the last one's seq */
+	u64 nr_commands;	/* recv_lock */
+	unsigned long stalled;	/* send_lock; since when (jiffies), or 0 */
 
 	/* Bits are set and read with atomic operations, by anybody */
 	DECLARE_BITMAP(cmd_allow, KVMI_NUM_COMMANDS);
@@ -180,7 +185,7 @@ static inline bool kvmi_session_alive(int session)
 }
 
 /* session.c */
-void kvmi_session_end(struct kvm_introspection *kvmi, int session);
+void kvmi_session_end(struct kvm_introspection *kvmi, int session, u32 reason);
 struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu);
 
 /* socket.c */

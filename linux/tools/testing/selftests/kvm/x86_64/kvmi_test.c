@@ -11,7 +11,9 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -901,9 +903,9 @@ static void hook_sndbuf(struct kvm_vm *vm, int sndbuf)
 
 	make_sockets(fds);
 	if (sndbuf) {
-		ret = setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &sndbuf,
+		ret = setsockopt(fds[1], SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf,
 				 sizeof(sndbuf));
-		TEST_ASSERT(!ret, "SO_SNDBUF: %s", strerror(errno));
+		TEST_ASSERT(!ret, "SO_SNDBUFFORCE: %s", strerror(errno));
 	}
 	hook_fd(vm, fds[1]);
 	/* KVM has its own reference */
@@ -960,6 +962,18 @@ static void unhook(struct kvm_vm *vm)
 	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0));
 	if (tool.fd >= 0)
 		tool_close();
+}
+
+static struct kvm_introspection_status get_status(struct kvm_vm *vm)
+{
+	struct kvm_introspection_status status;
+	int i;
+
+	memset(&status, 0xff, sizeof(status));
+	vm_ioctl(vm, KVM_INTROSPECTION_STATUS, &status);
+	for (i = 0; i < ARRAY_SIZE(status.padding); i++)
+		TEST_ASSERT_EQ(status.padding[i], 0);
+	return status;
 }
 
 /*
@@ -1661,6 +1675,60 @@ KVM_ONE_VCPU_TEST(kvmi, hook_unconnected, guest_count)
 	unhook(vm);
 	stop_guest(&r);
 	close(fd);
+}
+
+static void assert_status(struct kvm_vm *vm, u32 hooked, u32 reason, u64 events,
+			  u64 commands)
+{
+	struct kvm_introspection_status status = get_status(vm);
+
+	TEST_ASSERT_EQ(status.hooked, hooked);
+	TEST_ASSERT_EQ(status.reason, reason);
+	TEST_ASSERT_EQ(status.restored, 0);
+	TEST_ASSERT_EQ(status.events, events);
+	TEST_ASSERT_EQ(status.commands, commands);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, status, guest_count)
+{
+	struct kvmi_msg_hdr bad = { .size = KVMI_MAX_MSG_SIZE + 1 };
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+
+	assert_status(vm, 0, KVM_INTROSPECTION_END_NONE, 0, 0);
+	assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_NONE, 0, 0);
+	TEST_ASSERT_EQ(ioctl(vm->fd, KVM_INTROSPECTION_STATUS, NULL), -1);
+	TEST_ASSERT_EQ(errno, EFAULT);
+
+	hook(vm);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 0, 0);
+	start(&r, vcpu);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 1, 1);
+	reply_continue(&ev);
+	get_version();
+	/* A reply to an event is no command */
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 1, 2);
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_UNHOOK, 1, 2);
+
+	hook(vm);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 0, 0);
+	tool_close();
+	wait_for(!get_status(vm).hooked);
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_CLOSED, 0, 0);
+
+	hook(vm);
+	send_bytes(&bad, sizeof(bad));
+	assert_closed();
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_PROTOCOL, 0, 0);
+
+	stop_guest(&r);
 }
 
 KVM_ONE_VCPU_TEST(kvmi, hook_again_while_running, guest_count)
@@ -4011,6 +4079,147 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 	stop_guest(&r);
 }
 
+/* A tool that doesn't read: the session goes, and takes nobody with it */
+static void assert_unread(struct kvm_vm *vm)
+{
+	u64 begin = now_ms();
+
+	while (get_status(vm).hooked)
+		TEST_ASSERT(now_ms() - begin < TIMEOUT_MS,
+			    "the session lives on after %d ms", TIMEOUT_MS);
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_UNREAD);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unread_replies, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	jam(vm);
+	assert_guest_runs(vm);
+	assert_unread(vm);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unread_vcpu_replies, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	assert_guest_stands(vm);
+	assert_unread(vm);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+/* The time counts from when the socket became full, signals or not */
+KVM_ONE_VCPU_TEST(kvmi, unread_signals, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	for (i = 0; get_status(vm).hooked; i++) {
+		TEST_ASSERT(i < TIMEOUT_MS / 500, "the session lives on");
+		usleep(500 * 1000);
+		if (get_status(vm).hooked) {
+			interrupt(&r);
+			start(&r, vcpu);
+		}
+	}
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_UNREAD);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+/* A tool that always has something to say */
+static u8 flood_buf[16384];
+
+static void *flood(void *unused)
+{
+	while (send(tool.fd, flood_buf, sizeof(flood_buf), MSG_NOSIGNAL) > 0)
+		;
+	return NULL;
+}
+
+static void *drain(void *unused)
+{
+	static u8 buf[65536];
+
+	while (recv(tool.fd, buf, sizeof(buf), 0) > 0)
+		;
+	return NULL;
+}
+
+/* Keeps the vCPU, or whoever reads the socket, busy */
+static void test_flood(struct kvm_vcpu *vcpu, u16 id)
+{
+	struct {
+		struct kvmi_msg_hdr hdr;
+		struct kvmi_vcpu_hdr vcpu;
+	} msg = { .hdr.id = id, .hdr.size = sizeof(msg.vcpu) };
+	struct kvm_vm *vm = vcpu->vm;
+	pthread_t sender, reader;
+	struct runner r;
+	struct event ev;
+	unsigned int i;
+
+	for (i = 0; i < sizeof(flood_buf) / sizeof(msg); i++)
+		memcpy(flood_buf + i * sizeof(msg), &msg, sizeof(msg));
+
+	/* Nobody ever waits for room in the socket */
+	hook_sndbuf(vm, 256 << 20);
+	allow_all(vm);
+	start(&r, vcpu);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+
+	TEST_ASSERT(!pthread_create(&sender, NULL, flood, NULL) &&
+		    !pthread_create(&reader, NULL, drain, NULL),
+		    "pthread_create");
+	for (i = 0; i < 5; i++) {
+		usleep(100 * 1000);
+		assert_at_once(interrupt(&r));
+		start(&r, vcpu);
+	}
+	TEST_ASSERT(get_status(vm).commands > 100, "that was no flood");
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0));
+	pthread_join(sender, NULL);
+	pthread_join(reader, NULL);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, flood_vm_commands, guest_count)
+{
+	test_flood(vcpu, KVMI_GET_VERSION);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, flood_vcpu_commands, guest_count)
+{
+	test_flood(vcpu, KVMI_VCPU_GET_INFO);
+}
+
 /* Nobody has asked for files, which KVM would have to keep until it closes them */
 KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
 {
@@ -4199,7 +4408,9 @@ KVM_ONE_VCPU_TEST(kvmi, journal_bytes, guest_journal)
 	assert_err(write_flags(gpa, buf, 1, 4), -KVM_EINVAL);
 	assert_err(write_flags(gpa, buf, 1, 0x8000), -KVM_EINVAL);
 
+	TEST_ASSERT_EQ(get_status(vm).restored, 0);
 	unhook(vm);
+	TEST_ASSERT_EQ(get_status(vm).restored, 21);
 
 	for (i = 0; i < 8; i++)
 		TEST_ASSERT_EQ(page[i], i == 3 ? 3 : 0x90);
@@ -6848,6 +7059,202 @@ KVM_ONE_VCPU_TEST(kvmi, event_trap_crash, guest_count)
 	unhook(vcpu->vm);
 }
 
+/* A control group of its own for this process, or what is missing */
+static const char *make_cgroup(char dir[], size_t size)
+{
+	char path[128];
+	int fd;
+
+	mkdir("/tmp", 0777);
+	snprintf(dir, size, "/tmp/kvmi_cgroup.XXXXXX");
+	if (!mkdtemp(dir))
+		return "a folder";
+	if (mount("none", dir, "cgroup2", 0, NULL))
+		return "cgroup2";
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "+memory", 7) != 7)
+		return "the memory controller";
+	close(fd);
+	snprintf(dir + strlen(dir), size - strlen(dir), "/%d", getpid());
+	if (mkdir(dir, 0777))
+		return "a group";
+	snprintf(path, sizeof(path), "%s/cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "0", 1) != 1)
+		return "a place in the group";
+	close(fd);
+	return NULL;
+}
+
+static void leave_cgroup(char dir[])
+{
+	char path[128];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/../cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	TEST_ASSERT(fd >= 0 && write(fd, "0", 1) == 1, "cgroup.procs");
+	close(fd);
+	rmdir(dir);
+	*strrchr(dir, '/') = 0;
+	umount2(dir, MNT_DETACH);
+	rmdir(dir);
+}
+
+static void read_cgroup(const char *dir, const char *file, char buf[4096])
+{
+	char path[128];
+	ssize_t ret;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, file);
+	fd = open(path, O_RDONLY);
+	ret = read(fd, buf, 4095);
+	TEST_ASSERT(ret > 0, "%s: %s", path, strerror(errno));
+	buf[ret] = 0;
+	close(fd);
+}
+
+/* Another process freezes this one and thaws it */
+static pid_t freeze_soon(const char *dir)
+{
+	char path[128], buf[4096];
+	pid_t pid;
+	int fd, i;
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+	if (pid)
+		return pid;
+
+	snprintf(path, sizeof(path), "%s/../cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "0", 1) != 1)
+		_exit(2);
+	snprintf(path, sizeof(path), "%s/cgroup.freeze", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "1", 1) != 1)
+		_exit(3);
+	for (i = 0; i < AT_ONCE_MS; i++) {
+		read_cgroup(dir, "cgroup.events", buf);
+		if (strstr(buf, "frozen 1"))
+			break;
+		usleep(1000);
+	}
+	if (write(fd, "0", 1) != 1)
+		_exit(4);
+	_exit(i == AT_ONCE_MS);
+}
+
+/* As containers and the host's suspend do */
+TEST_F(kvmi, signal_freezer)
+{
+	struct kvm_vcpu *vcpu = self->vcpu;
+	struct kvm_vm *vm = vcpu->vm;
+	const char *missing;
+	struct runner r;
+	struct event ev;
+	char dir[64];
+	int status;
+	pid_t pid;
+
+	missing = make_cgroup(dir, sizeof(dir));
+	if (missing) {
+		ksft_print_msg("can't get %s\n", missing);
+		SKIP(return, "no cgroups here");
+	}
+
+	vcpu_arch_set_entry_point(vcpu, guest_count);
+	start_to_pause(&r, vcpu, &ev);
+	pid = freeze_soon(dir);
+	join(&r);
+	TEST_ASSERT_EQ(r.err, EINTR);
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status,
+		    "freezing fails with %#x", status);
+
+	/* The event is open still */
+	start(&r, vcpu);
+	assert_guest_stands(vm);
+	assert_quiet();
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+	leave_cgroup(dir);
+}
+
+static unsigned long kernel_memory(const char *dir)
+{
+	char buf[4096], *kernel;
+
+	read_cgroup(dir, "memory.stat", buf);
+	kernel = strstr(buf, "\nkernel ");
+	TEST_ASSERT(kernel, "memory.stat has no kernel");
+	return strtoul(kernel + 8, NULL, 10);
+}
+
+/* Not all of it: it is counted in batches */
+static void assert_more_memory(const char *dir, unsigned long before,
+			       unsigned long more, const char *what)
+{
+	unsigned long after = kernel_memory(dir);
+
+	TEST_ASSERT(after - before > more / 10 * 9,
+		    "of %lu bytes for %s, the group sees %lu", more, what,
+		    after - before);
+}
+
+#define SPARSE_GPA	0x100000000ull
+#define SPARSE_SLOT	11
+#define SPARSE_PAGES	(1u << 18)
+
+/* What the tool makes KVM allocate is on the VM's account */
+TEST_F(kvmi, memory_accounted)
+{
+	const unsigned int pages = 65536 / PAGE_SIZE;
+	struct kvm_vm *vm = self->vcpu->vm;
+	unsigned long before;
+	static u8 buf[4096];
+	const char *missing;
+	unsigned int i;
+	char dir[64];
+
+	missing = make_cgroup(dir, sizeof(dir));
+	if (missing) {
+		ksft_print_msg("can't get %s\n", missing);
+		SKIP(return, "no cgroups here");
+	}
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, pages, 0);
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, SPARSE_GPA,
+				    SPARSE_SLOT, SPARSE_PAGES, 0);
+	hook(vm);
+	/* There, and mapped, already */
+	for (i = 0; i < pages; i++)
+		assert_err(write_physical(EXTRA_GPA + i * PAGE_SIZE, PAGE_SIZE,
+					  memset(buf, 0, sizeof(buf))), 0);
+
+	before = kernel_memory(dir);
+	memset(buf, 0xcc, sizeof(buf));
+	for (i = 0; i < pages; i++)
+		assert_err(write_physical(EXTRA_GPA + i * PAGE_SIZE, PAGE_SIZE,
+					  buf), 0);
+	assert_more_memory(dir, before, 65536 * 32ul, "the journal");
+
+	/* A node of 64 entries for every 1024 pages */
+	before = kernel_memory(dir);
+	for (i = 0; i < SPARSE_PAGES; i += 1024)
+		assert_err(set_page_access(SPARSE_GPA + (u64)i * PAGE_SIZE, 0),
+			   0);
+	assert_more_memory(dir, before, SPARSE_PAGES / 1024 * 576ul,
+			   "page restrictions");
+
+	unhook(vm);
+	leave_cgroup(dir);
+}
+
 FIXTURE(kvmi_off) {
 	struct kvm_vm *vm;
 };
@@ -6905,6 +7312,12 @@ TEST_F(kvmi_off, param_off_event)
 TEST_F(kvmi_off, param_off_preunhook)
 {
 	assert_ioctl(self->vm, KVM_INTROSPECTION_PREUNHOOK, NULL, EPERM);
+}
+
+TEST_F(kvmi_off, param_off_status)
+{
+	ASSERT_NE(0, ioctl(self->vm->fd, KVM_INTROSPECTION_STATUS, NULL));
+	ASSERT_EQ(EPERM, errno);
 }
 
 int main(int argc, char *argv[])
