@@ -61,6 +61,9 @@ struct guest_cpu {
     bool nested, xsave, intel;
 };
 
+/* QEMU's TCG, as an AMD host, gives up if a TSS of 32 bits is in use and says that it is busy */
+#define TR_TYPE(cpu) ((cpu)->intel ? 0xb : 0x9)
+
 /* An address that means something to the guest */
 uint32_t guest_address(struct rng *r);
 uint32_t guest_msr(struct rng *r);

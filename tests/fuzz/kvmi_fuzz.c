@@ -336,6 +336,7 @@ static void job_sregs(struct vcpu *v)
     default:
         sregs.idt.base = guest_address(r);
     }
+    sregs.tr.type = TR_TYPE(&v->cpu);
     vcpu_ioctl(v, KVM_SET_SREGS, &sregs);
 }
 
