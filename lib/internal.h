@@ -77,6 +77,7 @@ struct open_event {
 	bool open;
 	uint16_t id;
 	uint32_t seq;
+	uint64_t value;		/* CR, MSR: what the guest writes */
 };
 
 enum vm_state {

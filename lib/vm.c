@@ -325,12 +325,98 @@ static enum kvmi_status open_slot(struct kvmi_vm *vm, unsigned int vcpu,
 	return KVMI_OK;
 }
 
+/* What an event has at least; more may come with a later version of KVM */
+static size_t event_data_size(unsigned int id)
+{
+	switch (id) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
+		return sizeof(struct kvmi_vcpu_event_breakpoint);
+	case KVMI_VCPU_EVENT_CR:
+		return sizeof(struct kvmi_vcpu_event_cr);
+	case KVMI_VCPU_EVENT_MSR:
+		return sizeof(struct kvmi_vcpu_event_msr);
+	case KVMI_VCPU_EVENT_TRAP:
+		return sizeof(struct kvmi_vcpu_event_trap);
+	case KVMI_VCPU_EVENT_XSETBV:
+		return sizeof(struct kvmi_vcpu_event_xsetbv);
+	case KVMI_VCPU_EVENT_DESCRIPTOR:
+		return sizeof(struct kvmi_vcpu_event_descriptor);
+	case KVMI_VCPU_EVENT_PF:
+		return sizeof(struct kvmi_vcpu_event_pf);
+	case KVMI_VCPU_EVENT_SINGLESTEP:
+		return sizeof(struct kvmi_vcpu_event_singlestep);
+	default:
+		return 0;
+	}
+}
+
+static void take_event_data(struct kvmi_vm_event *event, const void *data,
+			    size_t size)
+{
+	union {
+		struct kvmi_vcpu_event_breakpoint breakpoint;
+		struct kvmi_vcpu_event_cr cr;
+		struct kvmi_vcpu_event_msr msr;
+		struct kvmi_vcpu_event_trap trap;
+		struct kvmi_vcpu_event_xsetbv xsetbv;
+		struct kvmi_vcpu_event_descriptor descriptor;
+		struct kvmi_vcpu_event_pf pf;
+		struct kvmi_vcpu_event_singlestep singlestep;
+		uint8_t bytes[sizeof(event->data)];
+	} wire;
+
+	memset(&wire, 0, sizeof(wire));
+	if (size)
+		memcpy(&wire, data, size);
+
+	switch (event->id) {
+	case KVMI_EV_BREAKPOINT:
+		event->breakpoint.gpa = wire.breakpoint.gpa;
+		event->breakpoint.insn_len = wire.breakpoint.insn_len;
+		break;
+	case KVMI_EV_CR:
+		event->cr.cr = wire.cr.cr;
+		event->cr.old_value = wire.cr.old_value;
+		event->cr.new_value = wire.cr.new_value;
+		break;
+	case KVMI_EV_MSR:
+		event->msr.msr = wire.msr.msr;
+		event->msr.old_value = wire.msr.old_value;
+		event->msr.new_value = wire.msr.new_value;
+		break;
+	case KVMI_EV_TRAP:
+		event->trap.vector = wire.trap.nr;
+		event->trap.error_code = wire.trap.error_code;
+		event->trap.address = wire.trap.address;
+		break;
+	case KVMI_EV_XSETBV:
+		event->xsetbv.xcr = wire.xsetbv.xcr;
+		event->xsetbv.old_value = wire.xsetbv.old_value;
+		event->xsetbv.new_value = wire.xsetbv.new_value;
+		break;
+	case KVMI_EV_DESCRIPTOR:
+		event->descriptor.descriptor = wire.descriptor.descriptor;
+		event->descriptor.write = wire.descriptor.write;
+		break;
+	case KVMI_EV_PF:
+		event->pf.gva = wire.pf.gva;
+		event->pf.gpa = wire.pf.gpa;
+		event->pf.access = wire.pf.access;
+		event->pf.not_emulated = wire.pf.flags & KVMI_PF_NOT_EMULATED;
+		break;
+	case KVMI_EV_SINGLESTEP:
+		event->singlestep.failed = wire.singlestep.failed;
+		break;
+	default:
+		memcpy(event->data, wire.bytes, sizeof(event->data));
+	}
+}
+
 static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 					const struct kvmi_msg_hdr *header,
 					const uint8_t *body,
 					struct kvmi_error *err)
 {
-	struct kvmi_vcpu_event_breakpoint breakpoint;
 	struct kvmi_vcpu_event common;
 	struct kvmi_event_hdr event;
 	struct queued_event *entry;
@@ -352,8 +438,7 @@ static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 	data = body + sizeof(event) + common.size;
 	size = header->size - sizeof(event) - common.size;
 	if (size > sizeof(entry->event.data) ||
-	    (event.event == KVMI_VCPU_EVENT_BREAKPOINT &&
-	     size < sizeof(breakpoint)))
+	    size < event_data_size(event.event))
 		return vm_break(vm, err, "event %u with %zu bytes of data",
 				event.event, size);
 
@@ -385,17 +470,15 @@ static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 		.pat = common.arch.msrs.pat,
 		.shadow_gs = common.arch.msrs.shadow_gs,
 	};
-	if (event.event == KVMI_VCPU_EVENT_BREAKPOINT) {
-		memcpy(&breakpoint, data, sizeof(breakpoint));
-		entry->event.breakpoint.gpa = breakpoint.gpa;
-		entry->event.breakpoint.insn_len = breakpoint.insn_len;
-	} else if (size) {
-		memcpy(entry->event.data, data, size);
-	}
+	take_event_data(&entry->event, data, size);
 
 	vm->open[common.vcpu] = (struct open_event){
 		.open = true, .id = event.event, .seq = header->seq,
 	};
+	if (event.event == KVMI_VCPU_EVENT_CR)
+		vm->open[common.vcpu].value = entry->event.cr.new_value;
+	else if (event.event == KVMI_VCPU_EVENT_MSR)
+		vm->open[common.vcpu].value = entry->event.msr.new_value;
 	queue_event(vm, entry);
 
 	return KVMI_OK;
@@ -774,21 +857,32 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 	return KVMI_OK;
 }
 
+static bool has_value(unsigned int id)
+{
+	return id == KVMI_EV_CR || id == KVMI_EV_MSR;
+}
+
+/* value: NULL, or what is to be written (CR, MSR) */
 static enum kvmi_status queue_reply(struct kvmi_vm *vm,
 				    const struct kvmi_vm_event *event,
 				    enum kvmi_action action,
+				    const uint64_t *value,
 				    struct kvmi_error *err)
 {
 	struct kvmi_vcpu_event_reply reply = { .action = action,
 					       .event = event->id };
 	struct kvmi_vcpu_hdr vcpu = { .vcpu = event->vcpu };
+	struct open_event *open = &vm->open[event->vcpu];
+	uint64_t new_value = value ? *value : open->value;
 	const struct iovec parts[] = {
 		{ &vcpu, sizeof(vcpu) }, { &reply, sizeof(reply) },
+		{ &new_value, sizeof(new_value) },
 	};
 
-	vm->open[event->vcpu].open = false;
+	open->open = false;
 
-	return vm_send(vm, KVMI_VCPU_EVENT, event->seq, parts, 2, err);
+	return vm_send(vm, KVMI_VCPU_EVENT, event->seq, parts,
+		       has_value(event->id) ? 3 : 2, err);
 }
 
 static enum kvmi_status check_reply(struct kvmi_vm *vm,
@@ -802,15 +896,9 @@ static enum kvmi_status check_reply(struct kvmi_vm *vm,
 		return copy_broken(vm, err);
 
 	/* KVM ends the connection at once if these rules are broken */
-	switch (event->id) {
-	case KVMI_EV_UNHOOK:
-	case KVMI_EV_CR:
-	case KVMI_EV_MSR:
+	if (event->id == KVMI_EV_UNHOOK)
 		return fail(err, KVMI_ERR_ARGUMENT,
-			    "event %u is not answered like this", event->id);
-	default:
-		break;
-	}
+			    "UNHOOK is not answered, but by closing the connection");
 	if (action != KVMI_ACTION_CONTINUE && action != KVMI_ACTION_CRASH &&
 	    !(action == KVMI_ACTION_RETRY &&
 	      (event->id == KVMI_EV_BREAKPOINT ||
@@ -829,18 +917,39 @@ static enum kvmi_status check_reply(struct kvmi_vm *vm,
 	return KVMI_OK;
 }
 
-enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
-			       const struct kvmi_vm_event *event,
-			       enum kvmi_action action, struct kvmi_error *err)
+static enum kvmi_status reply(struct kvmi_vm *vm,
+			      const struct kvmi_vm_event *event,
+			      enum kvmi_action action, const uint64_t *value,
+			      struct kvmi_error *err)
 {
 	enum kvmi_status status = check_reply(vm, event, action, err);
 
 	if (status == KVMI_OK)
-		status = queue_reply(vm, event, action, err);
+		status = queue_reply(vm, event, action, value, err);
 	if (status == KVMI_OK)
 		status = vm_flush(vm, err);
 
 	return status;
+}
+
+enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
+			       const struct kvmi_vm_event *event,
+			       enum kvmi_action action, struct kvmi_error *err)
+{
+	return reply(vm, event, action, NULL, err);
+}
+
+enum kvmi_status kvmi_vm_reply_with_value(struct kvmi_vm *vm,
+					  const struct kvmi_vm_event *event,
+					  enum kvmi_action action,
+					  uint64_t value,
+					  struct kvmi_error *err)
+{
+	if (event && !has_value(event->id))
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "the answer to event %u has no value", event->id);
+
+	return reply(vm, event, action, &value, err);
 }
 
 enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
@@ -868,7 +977,7 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 			  &pending, err);
 	if (status != KVMI_OK)
 		return status;
-	status = queue_reply(vm, event, action, err);
+	status = queue_reply(vm, event, action, NULL, err);
 	if (status != KVMI_OK) {
 		vm_abandon(vm, pending);
 		return status;
