@@ -128,16 +128,9 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 	if (!vm)
 		return no_vm(err);
 
-	deadline = now_ms() + vm->timeout;
-	while (vm->state == VM_HELLO) {
-		status = vm_pump(vm, deadline, err);
-		if (status == KVMI_ERR_TIMEOUT)
-			return fail(err, status,
-				    "the other side did not send its handshake within %d ms",
-				    vm->timeout);
-		if (status != KVMI_OK)
-			return status;
-	}
+	status = vm_wait_hello(vm, err);
+	if (status != KVMI_OK)
+		return status;
 
 	status = vm_simple(vm, KVMI_GET_VERSION, NULL, 0, &version,
 			   sizeof(version), err);
@@ -151,6 +144,7 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 	if (version.max_msg_size < KVMI_MAX_MSG_SIZE)
 		return vm_break(vm, err, "KVM takes messages of %u bytes only",
 				version.max_msg_size);
+	pthread_mutex_lock(&vm->lock);
 	vm->version = (struct kvmi_vm_version){
 		.version = version.version,
 		.max_message = version.max_msg_size,
@@ -159,8 +153,9 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 		.get_max_gfn = version.features.get_max_gfn,
 		.journal = version.features.journal,
 	};
-
 	deadline = now_ms() + vm->timeout;
+	pthread_mutex_unlock(&vm->lock);
+
 	status = wait_allowed(vm, commands, false, deadline, err);
 	if (status == KVMI_OK)
 		status = wait_allowed(vm, events, true, deadline, err);

@@ -2,6 +2,7 @@
 #ifndef KVMI_INTERNAL_H
 #define KVMI_INTERNAL_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -88,6 +89,16 @@ enum vm_state {
 
 struct kvmi_vm {
 	int fd;
+
+	/*
+	 * All below.  Of the threads that wait for something, one polls the
+	 * socket, without the lock; the others wait for it to tell them that
+	 * something has changed.
+	 */
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	bool polling;
+
 	int timeout;		/* ms */
 	enum vm_state state;
 	struct kvmi_error broken;
@@ -135,7 +146,7 @@ enum kvmi_status status_of_kvm(int kvm_error);
 /* sha1.c */
 void sha1(const void *data, size_t size, uint8_t digest[SHA1_SIZE]);
 
-/* vm.c */
+/* vm.c; all of these take the lock */
 int64_t now_ms(void);
 struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 		       struct kvmi_error *err);
@@ -148,12 +159,9 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 			  const struct iovec *parts, int part_count,
 			  void *data, size_t capacity, struct pending **pending,
 			  struct kvmi_error *err);
-/* Sends all that was started; vm_wait() and vm_pump() do it too */
-enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
-/* One round of sending and receiving, waiting at most until the deadline */
-enum kvmi_status vm_pump(struct kvmi_vm *vm, int64_t deadline,
-			 struct kvmi_error *err);
-/* Waits for the answer and frees pending whatever happens */
+/* Waits for QEMU's part of the handshake */
+enum kvmi_status vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err);
+/* Sends what was started; waits for the answer and frees pending whatever happens */
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 			 size_t *size, struct kvmi_error *err);
 void vm_abandon(struct kvmi_vm *vm, struct pending *pending);
@@ -166,9 +174,4 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
-/* Appends a message that has no answer */
-enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
-			 const struct iovec *parts, int part_count,
-			 struct kvmi_error *err);
-
 #endif

@@ -44,9 +44,18 @@
  * Buffers given to a function are not used any more once it has returned.
  *
  * THREADS.  The library has no threads, no global state, installs no signal
- * handlers and never raises SIGPIPE.  Different handles can be used by
- * different threads at once; one handle by one thread at a time.  An event
- * does not depend on the handle it came from, except to be answered.
+ * handlers and never raises SIGPIPE.  Any function can be called by any number
+ * of threads at once, on the same handle, too, with these exceptions:
+ *  - kvmi_vm_connect() comes before all else (but kvmi_vm_shutdown()), and
+ *    what kvmi_vm_get_hello() and kvmi_vm_get_version() point to is written by
+ *    it;
+ *  - xxx_free(), xxx_close(): nobody may be using the handle any more.  To get
+ *    others out of it, call kvmi_vm_shutdown() and wait for them.
+ *  - an event, and any other structure that belongs to the caller, is the
+ *    caller's to protect.
+ * An event can be answered by another thread than the one that received it.
+ * While one thread waits, others are not held up.  Threads that wait for
+ * events each get events of their own.
  *
  * The peer is not trusted: all it sends is checked, and what it can make the
  * library store is bounded.  Events are stored at most one for each vCPU
@@ -207,6 +216,13 @@ struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
 
 /* Closes the connection; KVM stops sending events and lets all vCPUs go on. */
 void kvmi_vm_close(struct kvmi_vm *vm);
+
+/*
+ * Ends the connection, but not the handle: whoever waits in a call of it, in
+ * any thread, gets KVMI_ERR_CLOSED, and so do all later calls.  Answers that
+ * have not been sent are lost: see kvmi_vm_flush().
+ */
+void kvmi_vm_shutdown(struct kvmi_vm *vm);
 
 /* ms > 0: how long a call may wait without any progress */
 enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
@@ -379,6 +395,14 @@ short kvmi_vm_poll_events(const struct kvmi_vm *vm);
  * failures do not empty the queue.
  */
 enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err);
+
+/*
+ * Sends what could not be sent at once, if there is such: answers to events,
+ * when KVM is slow to read.  kvmi_vm_process() does it by and by; this is for
+ * answers from another thread than the one that polls.  kvmi_vm_close() does it
+ * as well.
+ */
+enum kvmi_status kvmi_vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
 
 /* The oldest event, or NULL.  Neither receives nor waits. */
 struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm);
