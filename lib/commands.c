@@ -128,7 +128,7 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 	if (!vm)
 		return no_vm(err);
 
-	status = vm_wait_hello(vm, err);
+	status = vm_answer_hello(vm, err);
 	if (status != KVMI_OK)
 		return status;
 

@@ -83,6 +83,7 @@ struct open_event {
 
 enum vm_state {
 	VM_HELLO,		/* waiting for QEMU's part of the handshake */
+	VM_GREETED,		/* it has come; ours is due */
 	VM_RUNNING,
 	VM_BROKEN,		/* closed or failed: see broken */
 };
@@ -159,8 +160,8 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 			  const struct iovec *parts, int part_count,
 			  void *data, size_t capacity, struct pending **pending,
 			  struct kvmi_error *err);
-/* Waits for QEMU's part of the handshake */
-enum kvmi_status vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err);
+/* Our part of the handshake, after QEMU's */
+enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err);
 /* Sends what was started; waits for the answer and frees pending whatever happens */
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 			 size_t *size, struct kvmi_error *err);

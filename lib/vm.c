@@ -292,7 +292,6 @@ static enum kvmi_status send_message(struct kvmi_vm *vm, unsigned int id,
 
 static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 {
-	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
 	struct wire_hello hello = { 0 };
 	uint32_t size;
 
@@ -319,10 +318,9 @@ static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	memcpy(vm->hello.name, hello.name, sizeof(vm->hello.name));
 	vm->hello.name[sizeof(vm->hello.name) - 1] = 0;
 
-	memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
-	vm->state = VM_RUNNING;
+	vm->state = VM_GREETED;
 
-	return append(vm, &answer, sizeof(answer), err);
+	return KVMI_OK;
 }
 
 static void queue_event(struct kvmi_vm *vm, struct queued_event *entry)
@@ -725,19 +723,58 @@ static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
 	return fail(err, KVMI_ERR_TIMEOUT, "no answer in time");
 }
 
-enum kvmi_status vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err)
+enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	enum kvmi_status status = KVMI_OK;
 	int64_t deadline;
 
+	if (!vm)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
+
 	lock(vm);
 	deadline = now_ms() + vm->timeout;
+	if (vm->state == VM_BROKEN)
+		status = copy_broken(vm, err);
 	while (status == KVMI_OK && vm->state == VM_HELLO)
 		status = pump(vm, deadline, err);
 	if (status == KVMI_ERR_TIMEOUT)
 		fail(err, status,
 		     "the other side did not send its handshake within %d ms",
 		     vm->timeout);
+	unlock(vm);
+
+	return status;
+}
+
+enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
+				      const uint8_t hash[KVMI_KEY_HASH_SIZE],
+				      struct kvmi_error *err)
+{
+	if (!vm || !hash)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no hash");
+
+	lock(vm);
+	memcpy(vm->cookie_hash, hash, SHA1_SIZE);
+	unlock(vm);
+
+	return KVMI_OK;
+}
+
+enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
+	enum kvmi_status status = kvmi_vm_wait_hello(vm, err);
+
+	if (status != KVMI_OK)
+		return status;
+
+	lock(vm);
+	if (vm->state == VM_GREETED) {
+		memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
+		status = append(vm, &answer, sizeof(answer), err);
+		if (status == KVMI_OK)
+			vm->state = VM_RUNNING;
+	}
 	unlock(vm);
 
 	return status;
@@ -754,7 +791,7 @@ static enum kvmi_status start(struct kvmi_vm *vm, unsigned int id,
 
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
-	if (vm->state == VM_HELLO)
+	if (vm->state != VM_RUNNING)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "no commands before kvmi_vm_connect()");
 

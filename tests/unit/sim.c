@@ -488,6 +488,12 @@ void sim_connect(struct sim *sim, const char *path)
 	sim->thread = g_thread_new("sim", run, sim);
 }
 
+void sim_run(struct sim *sim, int fd)
+{
+	sim->fd = fd;
+	sim->thread = g_thread_new("sim", run, sim);
+}
+
 void sim_stop(struct sim *sim)
 {
 	g_thread_join(sim->thread);

@@ -56,6 +56,8 @@ struct sim {
 void sim_start(struct sim *sim, void (*script)(struct sim *sim));
 /* The same, connecting to a listener as QEMU does */
 void sim_connect(struct sim *sim, const char *path);
+/* The same, on a socket that is connected already */
+void sim_run(struct sim *sim, int fd);
 /* Waits for the script; the client must have closed its end */
 void sim_stop(struct sim *sim);
 

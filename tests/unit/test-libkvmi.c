@@ -9,6 +9,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
+
 #include <glib.h>
 #include <glib/gstdio.h>
 
@@ -180,6 +182,30 @@ static void test_handshake_key(void)
 	ok(kvmi_vm_connect(vm, 0, 0, err));
 	sha1("secret", 6, digest);
 	g_assert_cmpmem(sim->cookie, 20, digest, 20);
+	done(sim, vm);
+}
+
+/* The key is chosen when it is known who calls */
+static void test_handshake_late_key(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t digest[SHA1_SIZE];
+	struct kvmi_vm *vm;
+
+	sim_start(sim, NULL);
+	vm = kvmi_vm_new(sim->client_fd, "wrong", 5, NULL);
+	ok(kvmi_vm_wait_hello(vm, err));
+	ok(kvmi_vm_wait_hello(vm, err));
+	g_assert_cmpstr(kvmi_vm_get_hello(vm)->name, ==, "a guest");
+	fails(kvmi_vm_check_event(vm, 0, err), KVMI_ERR_ARGUMENT);
+	sha1("secret", 6, digest);
+	ok(kvmi_vm_set_key_hash(vm, digest, err));
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+	g_assert_cmpmem(sim->cookie, 20, digest, 20);
+	/* it makes no difference later on */
+	ok(kvmi_vm_wait_hello(vm, err));
+	kvmi_vm_shutdown(vm);
+	fails(kvmi_vm_wait_hello(vm, err), KVMI_ERR_CLOSED);
 	done(sim, vm);
 }
 
@@ -1281,6 +1307,46 @@ static void test_deaf(void)
  * Listening
  */
 
+/* vsock has a loopback where the module is there */
+static void test_vsock(void)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_LOCAL,
+	};
+	struct kvmi_listener *listener = NULL;
+	struct sim *sim;
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+	unsigned int port;
+	int fd;
+
+	g_assert_null(kvmi_listener_new_vsock(0, &err));
+	g_assert_cmpint(err.status, ==, KVMI_ERR_ARGUMENT);
+	for (port = 51000; !listener && port < 51010; port++)
+		listener = kvmi_listener_new_vsock(port, &err);
+	if (!listener) {
+		g_assert_cmpint(err.status, ==, KVMI_ERR_SYSTEM);
+		g_test_skip(err.message);
+		return;
+	}
+	fails(kvmi_listener_accept(listener, &vm, err), KVMI_ERR_NOTHING);
+	address.svm_port = port - 1;
+	fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		g_test_skip("vsock has no loopback here");
+		close(fd);
+		kvmi_listener_free(listener);
+		return;
+	}
+	sim = sim_new();
+	sim_run(sim, fd);
+	ok(kvmi_listener_accept(listener, &vm, err));
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+	check_hello(vm);
+	kvmi_listener_free(listener);
+	done(sim, vm);
+}
+
 static void test_listener(void)
 {
 	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
@@ -1392,6 +1458,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/good", test_handshake);
 	g_test_add_func("/lib/handshake/pieces", test_handshake_in_pieces);
 	g_test_add_func("/lib/handshake/key", test_handshake_key);
+	g_test_add_func("/lib/handshake/late-key", test_handshake_late_key);
 	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
 	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);
 	g_test_add_func("/lib/handshake/cut", test_handshake_cut);
@@ -1414,6 +1481,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/timeout", test_timeout);
 	g_test_add_func("/lib/limit", test_limit);
 	g_test_add_func("/lib/deaf", test_deaf);
+	g_test_add_func("/lib/vsock", test_vsock);
 	g_test_add_func("/lib/listener", test_listener);
 
 	return g_test_run();

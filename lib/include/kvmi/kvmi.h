@@ -180,6 +180,13 @@ struct kvmi_listener *kvmi_listener_new_unix(const char *path, unsigned int mode
 					     struct kvmi_error *err);
 
 /*
+ * Listens on a port of vsock, for VMs whose QEMU runs inside of a VM; port > 0.
+ * Returns NULL on failure.
+ */
+struct kvmi_listener *kvmi_listener_new_vsock(unsigned int port,
+					      struct kvmi_error *err);
+
+/*
  * The secret that QEMU's key= property names.  The answer to every later
  * handshake has its SHA-1 hash, as QEMU's older handshake wants it.
  * size 0: no secret (as at first).
@@ -229,7 +236,21 @@ enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
 				     struct kvmi_error *err);
 
 /*
- * Waits for the handshake, checks the version of the protocol, then waits
+ * Optional, before kvmi_vm_connect(): waits for what QEMU says of the VM (see
+ * kvmi_vm_get_hello()), and does not answer it yet.  For who wants to choose
+ * the key by the VM's name.
+ */
+enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err);
+
+/* The SHA-1 hash of the key, in place of the listener's */
+#define KVMI_KEY_HASH_SIZE 20
+
+enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
+				      const uint8_t hash[KVMI_KEY_HASH_SIZE],
+				      struct kvmi_error *err);
+
+/*
+ * Waits for the handshake and answers it, checks the version of the protocol, then waits
  * until all of the given commands and events are allowed: QEMU allows them
  * only after the handshake.  Both are sets of KVMI_SET(id).
  * KVMI_ERR_NOT_ALLOWED names the first that is still not allowed at the end
@@ -257,7 +278,7 @@ struct kvmi_vm_version {
 				   the guest; KVMI_VM_WRITE_* */
 };
 
-/* Both are zero before kvmi_vm_connect().  They live as long as vm. */
+/* Both are zero before kvmi_vm_connect() (or kvmi_vm_wait_hello()).  They live as long as vm. */
 const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm);
 const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm);
 
