@@ -4,17 +4,21 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. What a test wants the guest to do
+ * comes as a line on the console.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -66,12 +70,52 @@ static void tell_kernel_text(void)
 		fclose(f);
 }
 
+static void write_file(const char *name, const char *text)
+{
+	int fd = open(name, O_WRONLY);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		printf("guest: %s: %s\n", name, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
+/* What has to come from inside the guest */
+static void *obey(void *unused)
+{
+	char line[64];
+
+	(void)unused;
+	while (fgets(line, sizeof(line), stdin)) {
+		unsigned int port, value;
+
+		line[strcspn(line, "\r\n")] = 0;
+		printf("guest: told to %s\n", line);
+		fflush(stdout);
+		if (!strcmp(line, "reboot"))
+			reboot(RB_AUTOBOOT);
+		else if (!strcmp(line, "power off"))
+			reboot(RB_POWER_OFF);
+		else if (!strcmp(line, "suspend"))
+			write_file("/sys/power/state", "mem");
+		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
+			outb(value, port);
+		else
+			printf("guest: can't %s\n", line);
+		fflush(stdout);
+	}
+	return NULL;
+}
+
 int main(void)
 {
+	pthread_t obeying;
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
 	mkdir("/proc", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
+	mkdir("/sys", 0755);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	tell_kernel_text();
 	printf("guest: cpus %ld\n", cpus);
 	for (long cpu = 0; cpu < cpus; cpu++) {
@@ -81,6 +125,9 @@ int main(void)
 		if (errno)
 			perror("guest: pthread_create");
 	}
+	errno = pthread_create(&obeying, NULL, obey, NULL);
+	if (errno)
+		perror("guest: pthread_create");
 	for (;;) {
 		struct timespec pause = { .tv_nsec = 500000000 };
 
