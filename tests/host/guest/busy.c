@@ -4,7 +4,8 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. What a test wants the guest to do
+ * comes as a line on the console.
  *
  * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
  * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
@@ -19,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
@@ -132,6 +134,43 @@ static void *agent(void *device)
 	return NULL;
 }
 
+static void write_file(const char *name, const char *text)
+{
+	int fd = open(name, O_WRONLY);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		printf("guest: %s: %s\n", name, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
+/* What has to come from inside the guest */
+static void *obey(void *unused)
+{
+	char line[64];
+
+	(void)unused;
+	while (fgets(line, sizeof(line), stdin)) {
+		unsigned int port, value;
+
+		line[strcspn(line, "\r\n")] = 0;
+		printf("guest: told to %s\n", line);
+		fflush(stdout);
+		if (!strcmp(line, "reboot"))
+			reboot(RB_AUTOBOOT);
+		else if (!strcmp(line, "power off"))
+			reboot(RB_POWER_OFF);
+		else if (!strcmp(line, "suspend"))
+			write_file("/sys/power/state", "mem");
+		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
+			outb(value, port);
+		else
+			printf("guest: can't %s\n", line);
+		fflush(stdout);
+	}
+	return NULL;
+}
+
 static void start(void *(*function)(void *), const void *argument)
 {
 	pthread_t thread;
@@ -150,8 +189,6 @@ static void be_operable(void)
 		return;
 	mkdir("/dev", 0755);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-	mkdir("/sys", 0755);
-	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	for (size_t i = 0; i < sizeof(modules) / sizeof(modules[0]); i++)
 		load_module(modules[i]);
 	for (int i = 0; i < 8; i++) {
@@ -167,11 +204,14 @@ int main(void)
 
 	mkdir("/proc", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
+	mkdir("/sys", 0755);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	tell_kernel_text();
 	printf("guest: cpus %ld\n", cpus);
 	be_operable();
 	for (long cpu = 0; cpu < cpus; cpu++)
 		start(busy, (void *)cpu);
+	start(obey, NULL);
 	for (;;) {
 		struct timespec pause = { .tv_nsec = 500000000 };
 
