@@ -50,6 +50,8 @@ static void serve_nothing(struct sim *sim)
 	struct client_sim *client = (struct client_sim *)sim;
 	char byte;
 
+	/* the beginning of a handshake */
+	sim_send(sim, "\x68\0\0\0abcd", 8);
 	while (recv(sim->fd, &byte, 1, 0) > 0)
 		;
 	atomic_store(&client->ended, true);

@@ -261,9 +261,12 @@ static void test_connect(void)
 	tool->refuse_guest = 0;
 	sim = client_sim_new_silent(tool->path);
 	{
+		int64_t start = g_get_monotonic_time();
 		struct client_sim *other = client_sim_new(tool->path);
 
 		dom = wait_dom(tool);
+		g_assert_cmpint(g_get_monotonic_time() - start, <,
+				2 * G_USEC_PER_SEC);
 		memset(cookie, 0x5a, sizeof(cookie));
 		g_assert_cmpmem(client_sim_cookie(other), 20, cookie, 20);
 		g_assert_true(client_sim_subscribed(other));

@@ -4,7 +4,8 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the kernel
+ * changes from one address space to another now and then.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,6 +18,7 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -86,6 +88,10 @@ int main(void)
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
 		fflush(stdout);
+		if (!fork())
+			_exit(0);
+		while (wait(NULL) > 0)
+			;
 		nanosleep(&pause, NULL);
 	}
 }
