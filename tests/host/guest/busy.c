@@ -4,8 +4,9 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive. What a test wants the guest to do
- * comes as a line on the console.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the
+ * kernel changes from one address space to another now and then. What a test wants the guest to do comes as a line on the
+ * console.
  *
  * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
  * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
@@ -25,6 +26,7 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -217,6 +219,10 @@ int main(void)
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
 		fflush(stdout);
+		if (!fork())
+			_exit(0);
+		while (wait(NULL) > 0)
+			;
 		nanosleep(&pause, NULL);
 	}
 }
