@@ -360,7 +360,7 @@ static bool parse(KvmiAllowed *allowed, KvmiIdSpace space, const char *words,
 static void test_allowed(void)
 {
     static const char *const bad_commands[] = {
-        "foo", "0", "1", "-1", "31", "4294967298", " ", "2x", "GET-VERSION",
+        "foo", "0", "1", "-1", "35", "4294967298", " ", "2x", "GET-VERSION",
         "vm-get-info,nonsense", "unhook",
     };
     KvmiAllowed allowed = { .all = true };
