@@ -26,6 +26,7 @@
 #include "qapi/util.h"
 #include "qemu/bswap.h"
 #include "qemu/config-file.h"
+#include "qemu/coroutine.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
@@ -159,6 +160,11 @@ VMChangeStateEntry *qemu_add_vm_change_state_handler(VMChangeStateHandler *cb,
 void qemu_del_vm_change_state_handler(VMChangeStateEntry *e)
 {
     vm_handler = NULL;
+}
+
+void qemu_register_suspend_notifier(Notifier *notifier)
+{
+    qemu_register_wakeup_notifier(notifier);
 }
 
 void qemu_register_wakeup_notifier(Notifier *notifier)
@@ -547,7 +553,8 @@ static void test_gate_wait(void)
 static void test_gate_cut(void)
 {
     static const StopAction wait[] = {
-        STOP_ACTION_STOP, STOP_ACTION_MIGRATE
+        STOP_ACTION_STOP, STOP_ACTION_DEBUG, STOP_ACTION_SAVE,
+        STOP_ACTION_MIGRATE, STOP_ACTION_SUSPEND, STOP_ACTION_SHUTDOWN
     };
     TestGuard g = new_guard(true);
     TestWaiter w = new_waiter();
@@ -665,6 +672,92 @@ static void test_gate_cancel(void)
     g_assert_cmpint(w2.called, ==, 1);
     g_assert_cmpint(w2.cancelled, ==, 0);
     g_assert_cmpint(w1.called, ==, 1);
+    stop_gate_remove(&g.guard);
+}
+
+/* What makes a stop pointless, and what doesn't */
+static void test_gate_moot(void)
+{
+    static const struct {
+        StopAction waiting, now;
+        bool cancelled;
+    } cases[] = {
+        { STOP_ACTION_STOP, STOP_ACTION_RESET, false },
+        { STOP_ACTION_STOP, STOP_ACTION_SHUTDOWN, false },
+        { STOP_ACTION_SAVE, STOP_ACTION_RESET, false },
+        { STOP_ACTION_SAVE, STOP_ACTION_SHUTDOWN, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_STOP, false },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_RESET, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_LOAD, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_SHUTDOWN, true },
+        { STOP_ACTION_SHUTDOWN, STOP_ACTION_SHUTDOWN, false },
+    };
+    TestGuard g = new_guard(true);
+    int i;
+
+    stop_gate_add(&g.guard);
+    for (i = 0; i < ARRAY_SIZE(cases); i++) {
+        TestWaiter w = new_waiter();
+
+        g_assert_false(stop_gate_enter(&w.waiter, cases[i].waiting));
+        stop_gate_cut(cases[i].now);
+        run_events();
+        g_assert_cmpint(w.called, ==, 1);
+        g_assert_cmpint(w.cancelled, ==, cases[i].cancelled);
+        g_assert_false(stop_gate_closed());
+    }
+    stop_gate_remove(&g.guard);
+}
+
+typedef struct GateFunc {
+    int called, cancelled;
+} GateFunc;
+
+static void gate_func(void *opaque, bool cancelled)
+{
+    GateFunc *f = opaque;
+
+    g_assert_false(qemu_in_coroutine());
+    f->called++;
+    f->cancelled += cancelled;
+}
+
+static void coroutine_fn gate_co(void *opaque)
+{
+    GateFunc *f = opaque;
+    int called = f->called;
+
+    stop_gate_co_run(STOP_ACTION_SAVE, gate_func, f);
+    g_assert_true(qemu_in_coroutine());
+    g_assert_cmpint(f->called, ==, called + 1);
+    f->called = 100;
+}
+
+static void test_gate_run(void)
+{
+    TestGuard g = new_guard(true);
+    GateFunc f = { };
+
+    g_assert_false(stop_gate_guarded());
+    stop_gate_run(STOP_ACTION_DEBUG, gate_func, &f);
+    g_assert_cmpint(f.called, ==, 1);
+
+    stop_gate_add(&g.guard);
+    g_assert_true(stop_gate_guarded());
+    stop_gate_run(STOP_ACTION_DEBUG, gate_func, &f);
+    g_assert_cmpint(f.called, ==, 1);
+    stop_gate_cancel();
+    run_events();
+    g_assert_cmpint(f.called, ==, 2);
+    g_assert_cmpint(f.cancelled, ==, 1);
+
+    qemu_coroutine_enter(qemu_coroutine_create(gate_co, &f));
+    run_events();
+    g_assert_cmpint(f.called, ==, 2);
+    stop_gate_release(&g.guard);
+    run_events();
+    g_assert_cmpint(f.called, ==, 100);
+    g_assert_cmpint(f.cancelled, ==, 1);
     stop_gate_remove(&g.guard);
 }
 
@@ -1088,6 +1181,65 @@ static void test_object_cut(void)
     teardown();
 }
 
+/* All that can't wait; see also test_gate_cut() */
+static void test_object_cuts(void)
+{
+    static const struct {
+        RunState state;
+        KvmiAction action;
+    } cuts[] = {
+        { RUN_STATE_DEBUG, KVMI_ACTION_DEBUG },
+        { RUN_STATE_GUEST_PANICKED, KVMI_ACTION_GUEST_PANIC },
+        { RUN_STATE_INTERNAL_ERROR, KVMI_ACTION_INTERNAL_ERROR },
+        { RUN_STATE_IO_ERROR, KVMI_ACTION_IO_ERROR },
+        { RUN_STATE_PAUSED, KVMI_ACTION_OTHER },
+        { RUN_STATE_RESTORE_VM, KVMI_ACTION_LOAD },
+        { RUN_STATE_SAVE_VM, KVMI_ACTION_SAVE },
+        { RUN_STATE_SHUTDOWN, KVMI_ACTION_SHUTDOWN },
+        { RUN_STATE_WATCHDOG, KVMI_ACTION_WATCHDOG },
+    };
+    Object *obj;
+    int fd, i;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    for (i = 0; i < ARRAY_SIZE(cuts); i++) {
+        fd = tool_connect();
+        vm_stop(cuts[i].state);
+        check_unhook(cuts[i].action, KVMI_OUTCOME_FORCED);
+        g_assert_true(tool_sees_eof(fd));
+        close(fd);
+        vm_run();
+    }
+    g_assert_cmpint(fake_kvm.preunhooks, ==, 0);
+    object_unparent(obj);
+    teardown();
+}
+
+static void test_object_shutdown(void)
+{
+    TestWaiter w = new_waiter();
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_connect();
+    g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_SHUTDOWN));
+    check_unhook(KVMI_ACTION_SHUTDOWN, KVMI_OUTCOME_FORCED);
+    g_assert_cmpint(fake_kvm.preunhooks, ==, 0);
+    close(fd);
+
+    object_property_set_str(obj, "on-shutdown", "announce", &error_abort);
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_SHUTDOWN));
+    close(fd);
+    until(w.called);
+    check_unhook(KVMI_ACTION_SHUTDOWN, KVMI_OUTCOME_CLEAN);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_cancel(void)
 {
     TestWaiter w = new_waiter();
@@ -1319,12 +1471,16 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/gate/cut", test_gate_cut);
     g_test_add_func("/kvmi/gate/hold", test_gate_hold);
     g_test_add_func("/kvmi/gate/cancel", test_gate_cancel);
+    g_test_add_func("/kvmi/gate/moot", test_gate_moot);
+    g_test_add_func("/kvmi/gate/run", test_gate_run);
     g_test_add_func("/kvmi/gate/remove", test_gate_remove);
     g_test_add_func("/kvmi/object/errors", test_object_errors);
     g_test_add_func("/kvmi/object/session", test_object_session);
     g_test_add_func("/kvmi/object/allowed", test_object_allowed);
     g_test_add_func("/kvmi/object/slow", test_object_slow);
     g_test_add_func("/kvmi/object/cut", test_object_cut);
+    g_test_add_func("/kvmi/object/cuts", test_object_cuts);
+    g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);

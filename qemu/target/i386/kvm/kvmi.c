@@ -33,6 +33,7 @@
 #include "qapi/qapi-builtin-visit.h"
 #include "qapi/qapi-commands-kvmi.h"
 #include "qapi/qapi-events-kvmi.h"
+#include "qapi/qapi-types-qom.h"
 #include "qapi/qapi-visit-kvmi.h"
 #include "qapi/qmp/qerror.h"
 #include "qemu/error-report.h"
@@ -68,6 +69,7 @@ struct KVMIObject {
     KvmiAllowed commands;
     KvmiAllowed events;
     bool migrate_start_time;
+    KvmiOnShutdown on_shutdown;
 
     /* Fixed when the object is complete */
     bool complete;
@@ -90,6 +92,7 @@ struct KVMIObject {
 
     StopGuard guard;
     VMChangeStateEntry *vmstate;
+    Notifier suspend;
     Notifier wakeup;
 
     /* The unhook that is under way */
@@ -327,23 +330,6 @@ static void kvmi_stop_handshake(KVMIObject *s)
     kvmi_set_state(s, KVMI_STATE_CONNECTING);
 }
 
-static bool kvmi_announce(StopGuard *guard, StopAction action)
-{
-    KVMIObject *s = container_of(guard, KVMIObject, guard);
-
-    switch (s->state) {
-    case KVMI_STATE_HANDSHAKE:
-        kvmi_stop_handshake(s);
-        return false;
-    case KVMI_STATE_HOOKED:
-        return kvmi_ask(s, kvmi_actions[action]);
-    case KVMI_STATE_UNHOOKING:
-        return true;
-    default:
-        return false;
-    }
-}
-
 static void kvmi_cut_off(KVMIObject *s, KvmiAction action)
 {
     switch (s->state) {
@@ -366,6 +352,29 @@ static void kvmi_cut_off(KVMIObject *s, KvmiAction action)
 static void kvmi_cut(StopGuard *guard, StopAction action)
 {
     kvmi_cut_off(container_of(guard, KVMIObject, guard), kvmi_actions[action]);
+}
+
+static bool kvmi_announce(StopGuard *guard, StopAction action)
+{
+    KVMIObject *s = container_of(guard, KVMIObject, guard);
+
+    if (action == STOP_ACTION_SHUTDOWN &&
+        s->on_shutdown == KVMI_ON_SHUTDOWN_CUT) {
+        kvmi_cut(guard, action);
+        return false;
+    }
+
+    switch (s->state) {
+    case KVMI_STATE_HANDSHAKE:
+        kvmi_stop_handshake(s);
+        return false;
+    case KVMI_STATE_HOOKED:
+        return kvmi_ask(s, kvmi_actions[action]);
+    case KVMI_STATE_UNHOOKING:
+        return true;
+    default:
+        return false;
+    }
 }
 
 /*
@@ -639,6 +648,11 @@ static void kvmi_vm_state_change(void *opaque, bool running, RunState state)
     qemu_bh_schedule(s->bh);
 }
 
+static void kvmi_suspend(Notifier *notifier, void *data)
+{
+    qemu_bh_schedule(container_of(notifier, KVMIObject, suspend)->bh);
+}
+
 static void kvmi_wakeup(Notifier *notifier, void *data)
 {
     qemu_bh_schedule(container_of(notifier, KVMIObject, wakeup)->bh);
@@ -748,6 +762,8 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->guard.open = kvmi_open;
     stop_gate_add(&s->guard);
     s->vmstate = qemu_add_vm_change_state_handler(kvmi_vm_state_change, s);
+    s->suspend.notify = kvmi_suspend;
+    qemu_register_suspend_notifier(&s->suspend);
     s->wakeup.notify = kvmi_wakeup;
     qemu_register_wakeup_notifier(&s->wakeup);
     qemu_register_reset_nosnapshotload(kvmi_reset, s);
@@ -813,6 +829,7 @@ static void kvmi_finalize(Object *obj)
     if (s->complete) {
         qemu_unregister_reset(kvmi_reset, s);
         notifier_remove(&s->wakeup);
+        notifier_remove(&s->suspend);
         qemu_del_vm_change_state_handler(s->vmstate);
         stop_gate_remove(&s->guard);
         qemu_bh_delete(s->bh);
@@ -927,6 +944,17 @@ static void kvmi_set_migrate_start_time(Object *obj, bool value, Error **errp)
     }
 }
 
+static int kvmi_get_on_shutdown(Object *obj, Error **errp)
+{
+    return KVMI(obj)->on_shutdown;
+}
+
+/* Can be changed at any time, too */
+static void kvmi_set_on_shutdown(Object *obj, int value, Error **errp)
+{
+    KVMI(obj)->on_shutdown = value;
+}
+
 static void kvmi_class_init(ObjectClass *oc, void *data)
 {
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
@@ -964,6 +992,10 @@ static void kvmi_class_init(ObjectClass *oc, void *data)
         kvmi_get_migrate_start_time, kvmi_set_migrate_start_time);
     object_class_property_set_description(oc, "migrate-start-time",
         "the guest's start time is migrated (the target needs it, too)");
+    object_class_property_add_enum(oc, "on-shutdown", "KvmiOnShutdown",
+        &KvmiOnShutdown_lookup, kvmi_get_on_shutdown, kvmi_set_on_shutdown);
+    object_class_property_set_description(oc, "on-shutdown",
+        "what tools get when the guest shuts down");
 }
 
 static const TypeInfo kvmi_info = {
