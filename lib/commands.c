@@ -9,13 +9,28 @@
 
 #define PAGE_SIZE 4096
 
+/* Entries that fit a message of SET_PAGE_ACCESS, and messages on their way */
+#define ACCESS_MAX ((KVMI_MAX_MSG_SIZE - \
+		     sizeof(struct kvmi_vm_set_page_access)) / \
+		    sizeof(struct kvmi_page_access_entry))
+#define ACCESS_WINDOW 16
+
 /* How often to ask whether QEMU has set the allow-lists by now */
 #define ALLOW_POLL_MS 5
 
-_Static_assert((int)KVMI_CMD_VCPU_TRANSLATE_GVA == (int)KVMI_VCPU_TRANSLATE_GVA, "ids");
+_Static_assert((int)KVMI_CMD_VCPU_SET_MSRS == (int)KVMI_VCPU_SET_MSRS, "ids");
 _Static_assert((int)KVMI_CMD_VM_SET_PAGE_ACCESS == (int)KVMI_VM_SET_PAGE_ACCESS, "ids");
 _Static_assert((int)KVMI_EV_SINGLESTEP == (int)KVMI_VCPU_EVENT_SINGLESTEP, "ids");
 _Static_assert((int)KVMI_EV_BREAKPOINT == (int)KVMI_VCPU_EVENT_BREAKPOINT, "ids");
+_Static_assert((int)KVMI_CMD_VM_GET_MAX_GFN == (int)KVMI_VM_GET_MAX_GFN, "ids");
+_Static_assert(KVMI_PAGE_R == KVMI_PAGE_ACCESS_R &&
+	       KVMI_PAGE_W == KVMI_PAGE_ACCESS_W &&
+	       KVMI_PAGE_X == KVMI_PAGE_ACCESS_X, "access");
+_Static_assert(KVMI_VM_WRITE_JOURNAL == KVMI_WRITE_JOURNAL &&
+	       KVMI_VM_WRITE_KEEP == KVMI_WRITE_KEEP, "flags");
+_Static_assert((int)KVMI_DESCRIPTOR_TR == KVMI_DESC_TR, "descriptors");
+_Static_assert(sizeof(struct kvmi_vcpu_get_xsave_reply) == KVMI_XSAVE_SIZE,
+	       "xsave");
 _Static_assert(KVMI_ACTION_CRASH == KVMI_EVENT_ACTION_CRASH, "actions");
 
 static enum kvmi_status no_vm(struct kvmi_error *err)
@@ -113,16 +128,9 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 	if (!vm)
 		return no_vm(err);
 
-	deadline = now_ms() + vm->timeout;
-	while (vm->state == VM_HELLO) {
-		status = vm_pump(vm, deadline, err);
-		if (status == KVMI_ERR_TIMEOUT)
-			return fail(err, status,
-				    "the other side did not send its handshake within %d ms",
-				    vm->timeout);
-		if (status != KVMI_OK)
-			return status;
-	}
+	status = vm_answer_hello(vm, err);
+	if (status != KVMI_OK)
+		return status;
 
 	status = vm_simple(vm, KVMI_GET_VERSION, NULL, 0, &version,
 			   sizeof(version), err);
@@ -136,13 +144,18 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 	if (version.max_msg_size < KVMI_MAX_MSG_SIZE)
 		return vm_break(vm, err, "KVM takes messages of %u bytes only",
 				version.max_msg_size);
+	pthread_mutex_lock(&vm->lock);
 	vm->version = (struct kvmi_vm_version){
 		.version = version.version,
 		.max_message = version.max_msg_size,
 		.singlestep = version.features.singlestep,
+		.get_page_access = version.features.get_page_access,
+		.get_max_gfn = version.features.get_max_gfn,
+		.journal = version.features.journal,
 	};
-
 	deadline = now_ms() + vm->timeout;
+	pthread_mutex_unlock(&vm->lock);
+
 	status = wait_allowed(vm, commands, false, deadline, err);
 	if (status == KVMI_OK)
 		status = wait_allowed(vm, events, true, deadline, err);
@@ -224,6 +237,7 @@ enum kvmi_status kvmi_vm_control_events(struct kvmi_vm *vm, unsigned int id,
  * nothing.
  */
 static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
+				    unsigned int flags,
 				    struct kvmi_memory_op *ops, size_t count,
 				    struct kvmi_error *err)
 {
@@ -239,6 +253,11 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 
 	if (!vm || (count && !ops))
 		return no_vm(err);
+	if (flags && flags != KVMI_WRITE_JOURNAL && flags != KVMI_WRITE_KEEP)
+		return fail(err, KVMI_ERR_ARGUMENT, "no flags 0x%x", flags);
+	if (flags && !vm->version.journal)
+		return fail(err, KVMI_ERR_UNKNOWN,
+			    "this version of KVM does not remember writes");
 	for (i = 0; i < count; i++) {
 		ops[i].status = KVMI_OK;
 		if (!ops[i].size)
@@ -262,7 +281,7 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 		while (fatal == KVMI_OK && op < count && refill &&
 		       used < BATCH_WINDOW && bytes < BATCH_BYTES) {
 			/* both requests have the same layout */
-			struct kvmi_vm_read_physical request = { 0 };
+			struct kvmi_vm_write_physical request = { 0 };
 			uint64_t left_in_page;
 			uint8_t *data;
 			int parts_count;
@@ -278,6 +297,7 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 			if (size > left_in_page)
 				size = left_in_page;
 			request.size = size;
+			request.flags = flags;
 			data = (uint8_t *)ops[op].data + done;
 
 			const struct iovec parts[] = {
@@ -351,14 +371,14 @@ enum kvmi_status kvmi_vm_read_many(struct kvmi_vm *vm,
 				   struct kvmi_memory_op *ops, size_t count,
 				   struct kvmi_error *err)
 {
-	return memory_many(vm, false, ops, count, err);
+	return memory_many(vm, false, 0, ops, count, err);
 }
 
 enum kvmi_status kvmi_vm_write_many(struct kvmi_vm *vm,
 				    struct kvmi_memory_op *ops, size_t count,
 				    struct kvmi_error *err)
 {
-	return memory_many(vm, true, ops, count, err);
+	return memory_many(vm, true, 0, ops, count, err);
 }
 
 enum kvmi_status kvmi_vm_read_physical(struct kvmi_vm *vm, uint64_t gpa,
@@ -370,12 +390,21 @@ enum kvmi_status kvmi_vm_read_physical(struct kvmi_vm *vm, uint64_t gpa,
 	if (size > UINT32_MAX)
 		return fail(err, KVMI_ERR_ARGUMENT, "%zu bytes at once", size);
 
-	return memory_many(vm, false, &op, 1, err);
+	return memory_many(vm, false, 0, &op, 1, err);
 }
 
-enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
-					const void *data, size_t size,
-					struct kvmi_error *err)
+enum kvmi_status kvmi_vm_write_many_flags(struct kvmi_vm *vm,
+					  struct kvmi_memory_op *ops,
+					  size_t count, unsigned int flags,
+					  struct kvmi_error *err)
+{
+	return memory_many(vm, true, flags, ops, count, err);
+}
+
+enum kvmi_status kvmi_vm_write_physical_flags(struct kvmi_vm *vm, uint64_t gpa,
+					      const void *data, size_t size,
+					      unsigned int flags,
+					      struct kvmi_error *err)
 {
 	struct kvmi_memory_op op = { .gpa = gpa, .data = (void *)data,
 				     .size = size };
@@ -383,7 +412,122 @@ enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
 	if (size > UINT32_MAX)
 		return fail(err, KVMI_ERR_ARGUMENT, "%zu bytes at once", size);
 
-	return memory_many(vm, true, &op, 1, err);
+	return memory_many(vm, true, flags, &op, 1, err);
+}
+
+enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
+					const void *data, size_t size,
+					struct kvmi_error *err)
+{
+	return kvmi_vm_write_physical_flags(vm, gpa, data, size, 0, err);
+}
+
+/* One message of at most ACCESS_MAX entries */
+static enum kvmi_status start_page_access(struct kvmi_vm *vm,
+					  const struct kvmi_page_access *pages,
+					  size_t count, struct pending **pending,
+					  struct kvmi_error *err)
+{
+	struct kvmi_vm_set_page_access request = { .count = count };
+	struct kvmi_page_access_entry entries[ACCESS_MAX];
+	const struct iovec parts[] = {
+		{ &request, sizeof(request) },
+		{ entries, count * sizeof(entries[0]) },
+	};
+	size_t i;
+
+	for (i = 0; i < count; i++)
+		entries[i] = (struct kvmi_page_access_entry){
+			.gpa = pages[i].gpa, .access = pages[i].access,
+		};
+
+	return vm_start(vm, KVMI_VM_SET_PAGE_ACCESS, parts, 2, NULL, 0, pending,
+			err);
+}
+
+enum kvmi_status kvmi_vm_set_page_access(struct kvmi_vm *vm,
+					 const struct kvmi_page_access *pages,
+					 size_t count, struct kvmi_error *err)
+{
+	struct pending *window[ACCESS_WINDOW];
+	enum kvmi_status result = KVMI_OK;
+	size_t first = 0, used = 0, done = 0, i;
+	bool failed = false;
+
+	if (!vm || (count && !pages))
+		return no_vm(err);
+	for (i = 0; i < count; i++)
+		if (pages[i].access & ~KVMI_PAGE_RWX)
+			return fail(err, KVMI_ERR_ARGUMENT,
+				    "0x%x is not a set of KVMI_PAGE_*",
+				    pages[i].access);
+
+	while (used || (done < count && !failed)) {
+		struct kvmi_error local = { 0 };
+		enum kvmi_status status;
+
+		if (!failed && done < count && used < ACCESS_WINDOW) {
+			size_t part = count - done;
+
+			if (part > ACCESS_MAX)
+				part = ACCESS_MAX;
+			status = start_page_access(vm, pages + done, part,
+						   &window[(first + used) %
+							   ACCESS_WINDOW],
+						   &local);
+			done += part;
+			used += status == KVMI_OK;
+		} else {
+			status = vm_wait(vm, window[first], NULL, &local);
+			first = (first + 1) % ACCESS_WINDOW;
+			used--;
+		}
+		if (status != KVMI_OK && status < KVMI_ERR_NOT_ALLOWED)
+			failed = true;
+		if (status != KVMI_OK && result == KVMI_OK) {
+			result = status;
+			if (err)
+				*err = local;
+		}
+	}
+
+	return result;
+}
+
+enum kvmi_status kvmi_vm_get_page_access(struct kvmi_vm *vm, uint64_t gpa,
+					 uint8_t *access,
+					 struct kvmi_error *err)
+{
+	struct kvmi_vm_get_page_access request = { .gpa = gpa };
+	struct kvmi_vm_get_page_access_reply reply;
+	enum kvmi_status status;
+
+	if (!vm || !access)
+		return no_vm(err);
+
+	status = vm_simple(vm, KVMI_VM_GET_PAGE_ACCESS, &request,
+			   sizeof(request), &reply, sizeof(reply), err);
+	if (status == KVMI_OK)
+		*access = reply.access;
+
+	return status;
+}
+
+enum kvmi_status kvmi_vm_get_max_gfn(struct kvmi_vm *vm, uint64_t *gfn,
+				     struct kvmi_error *err)
+{
+	struct kvmi_vm_get_max_gfn_reply reply;
+	enum kvmi_status status;
+
+	if (!vm || !gfn)
+		return no_vm(err);
+
+	status = vm_simple(vm, KVMI_VM_GET_MAX_GFN, NULL, 0, &reply,
+			   sizeof(reply), err);
+	if (status == KVMI_OK)
+		*gfn = reply.gfn;
+
+	return status;
 }
 
 enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
@@ -505,6 +649,230 @@ enum kvmi_status kvmi_vcpu_control_events(struct kvmi_vm *vm, unsigned int vcpu,
 			   sizeof(request), NULL, 0, err);
 }
 
+enum kvmi_status kvmi_vcpu_control_cr(struct kvmi_vm *vm, unsigned int vcpu,
+				      unsigned int cr, bool enable,
+				      struct kvmi_error *err)
+{
+	struct kvmi_vcpu_control_cr request = { .cr = cr, .enable = enable };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (cr != 0 && cr != 3 && cr != 4)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "CR%u cannot be watched: 0, 3 and 4 can", cr);
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_CR, &request,
+			   sizeof(request), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_control_msr(struct kvmi_vm *vm, unsigned int vcpu,
+				       uint32_t msr, bool enable,
+				       struct kvmi_error *err)
+{
+	struct kvmi_vcpu_control_msr request = { .msr = msr, .enable = enable };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_MSR, &request,
+			   sizeof(request), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_control_singlestep(struct kvmi_vm *vm,
+					      unsigned int vcpu, bool enable,
+					      struct kvmi_error *err)
+{
+	struct kvmi_vcpu_control_singlestep request = { .enable = enable };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_SINGLESTEP, &request,
+			   sizeof(request), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_inject_exception(struct kvmi_vm *vm,
+					    unsigned int vcpu,
+					    unsigned int vector,
+					    uint32_t error_code,
+					    uint64_t address,
+					    struct kvmi_error *err)
+{
+	struct kvmi_vcpu_inject_exception request = {
+		.nr = vector, .error_code = error_code, .address = address,
+	};
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (vector > 31)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "%u is not the vector of an exception", vector);
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_INJECT_EXCEPTION, &request,
+			   sizeof(request), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_get_cpuid(struct kvmi_vm *vm, unsigned int vcpu,
+				     uint32_t function, uint32_t index,
+				     struct kvmi_cpuid *cpuid,
+				     struct kvmi_error *err)
+{
+	struct kvmi_vcpu_get_cpuid request = { .function = function,
+					       .index = index };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_get_cpuid_reply reply;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!cpuid)
+		return no_vm(err);
+
+	status = vcpu_simple(vm, vcpu, KVMI_VCPU_GET_CPUID, &request,
+			     sizeof(request), &reply, sizeof(reply), err);
+	if (status == KVMI_OK)
+		*cpuid = (struct kvmi_cpuid){ reply.eax, reply.ebx, reply.ecx,
+					      reply.edx };
+
+	return status;
+}
+
+enum kvmi_status kvmi_vcpu_get_xcr(struct kvmi_vm *vm, unsigned int vcpu,
+				   unsigned int xcr, uint64_t *value,
+				   struct kvmi_error *err)
+{
+	struct kvmi_vcpu_get_xcr request = { .xcr = xcr };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_get_xcr_reply reply;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!value)
+		return no_vm(err);
+	if (xcr)
+		return fail(err, KVMI_ERR_ARGUMENT, "there is no XCR%u", xcr);
+
+	status = vcpu_simple(vm, vcpu, KVMI_VCPU_GET_XCR, &request,
+			     sizeof(request), &reply, sizeof(reply), err);
+	if (status == KVMI_OK)
+		*value = reply.value;
+
+	return status;
+}
+
+enum kvmi_status kvmi_vcpu_get_xsave(struct kvmi_vm *vm, unsigned int vcpu,
+				     void *xsave, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (!xsave)
+		return no_vm(err);
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_GET_XSAVE, NULL, 0, xsave,
+			   KVMI_XSAVE_SIZE, err);
+}
+
+enum kvmi_status kvmi_vcpu_set_xsave(struct kvmi_vm *vm, unsigned int vcpu,
+				     const void *xsave, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (!xsave)
+		return fail(err, KVMI_ERR_ARGUMENT, "no state");
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_SET_XSAVE, (void *)xsave,
+			   KVMI_XSAVE_SIZE, NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_set_sregs(struct kvmi_vm *vm, unsigned int vcpu,
+				     const struct kvm_sregs *sregs,
+				     struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (!sregs)
+		return fail(err, KVMI_ERR_ARGUMENT, "no registers");
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_SET_SREGS, (void *)sregs,
+			   sizeof(*sregs), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_set_msrs(struct kvmi_vm *vm, unsigned int vcpu,
+				    const uint32_t *msrs,
+				    const uint64_t *values, size_t count,
+				    size_t *done, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_hdr header = { .vcpu = vcpu };
+	struct kvmi_vcpu_set_msrs request = { .nmsrs = count };
+	struct kvmi_vcpu_set_msrs_reply reply;
+	struct kvm_msr_entry entries[KVMI_MSRS_MAX] = { 0 };
+	const struct iovec parts[] = {
+		{ &header, sizeof(header) }, { &request, sizeof(request) },
+		{ entries, count * sizeof(*entries) },
+	};
+	size_t i;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!msrs || !values || !count)
+		return fail(err, KVMI_ERR_ARGUMENT, "no MSRs");
+	if (count > KVMI_MSRS_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "%zu MSRs at once", count);
+
+	for (i = 0; i < count; i++) {
+		entries[i].index = msrs[i];
+		entries[i].data = values[i];
+	}
+	status = vm_command(vm, KVMI_VCPU_SET_MSRS, parts, 3, &reply,
+			    sizeof(reply), sizeof(reply), err);
+	if (status != KVMI_OK)
+		return status;
+	if (reply.nmsrs > count)
+		return vm_break(vm, err, "%u instead of %zu MSRs", reply.nmsrs,
+				count);
+
+	if (done)
+		*done = reply.nmsrs;
+	if (reply.nmsrs < count)
+		return fail(err, KVMI_ERR_INVALID,
+			    "the guest cannot write 0x%llx to MSR 0x%x",
+			    (unsigned long long)values[reply.nmsrs],
+			    msrs[reply.nmsrs]);
+
+	return KVMI_OK;
+}
+
+enum kvmi_status kvmi_vcpu_get_mtrr_type(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t gpa, uint8_t *type,
+					 struct kvmi_error *err)
+{
+	struct kvmi_vcpu_get_mtrr_type request = { .gpa = gpa };
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_get_mtrr_type_reply reply;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!type)
+		return no_vm(err);
+
+	status = vcpu_simple(vm, vcpu, KVMI_VCPU_GET_MTRR_TYPE, &request,
+			     sizeof(request), &reply, sizeof(reply), err);
+	if (status == KVMI_OK)
+		*type = reply.type;
+
+	return status;
+}
+
 enum kvmi_status kvmi_vcpu_get_registers(struct kvmi_vm *vm, unsigned int vcpu,
 					 struct kvmi_registers *state,
 					 const uint32_t *msrs, uint64_t *values,
@@ -614,7 +982,7 @@ static enum kvmi_status virtual(struct kvmi_vm *vm, unsigned int vcpu,
 		op.size = part;
 		status = kvmi_vcpu_translate(vm, vcpu, gva, &op.gpa, err);
 		if (status == KVMI_OK)
-			status = memory_many(vm, write, &op, 1, err);
+			status = memory_many(vm, write, 0, &op, 1, err);
 		gva += part;
 		data = (uint8_t *)data + part;
 		size -= part;

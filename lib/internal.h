@@ -2,6 +2,7 @@
 #ifndef KVMI_INTERNAL_H
 #define KVMI_INTERNAL_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -77,16 +78,28 @@ struct open_event {
 	bool open;
 	uint16_t id;
 	uint32_t seq;
+	uint64_t value;		/* CR, MSR: what the guest writes */
 };
 
 enum vm_state {
 	VM_HELLO,		/* waiting for QEMU's part of the handshake */
+	VM_GREETED,		/* it has come; ours is due */
 	VM_RUNNING,
 	VM_BROKEN,		/* closed or failed: see broken */
 };
 
 struct kvmi_vm {
 	int fd;
+
+	/*
+	 * All below.  Of the threads that wait for something, one polls the
+	 * socket, without the lock; the others wait for it to tell them that
+	 * something has changed.
+	 */
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	bool polling;
+
 	int timeout;		/* ms */
 	enum vm_state state;
 	struct kvmi_error broken;
@@ -134,7 +147,7 @@ enum kvmi_status status_of_kvm(int kvm_error);
 /* sha1.c */
 void sha1(const void *data, size_t size, uint8_t digest[SHA1_SIZE]);
 
-/* vm.c */
+/* vm.c; all of these take the lock */
 int64_t now_ms(void);
 struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 		       struct kvmi_error *err);
@@ -147,12 +160,9 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 			  const struct iovec *parts, int part_count,
 			  void *data, size_t capacity, struct pending **pending,
 			  struct kvmi_error *err);
-/* Sends all that was started; vm_wait() and vm_pump() do it too */
-enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
-/* One round of sending and receiving, waiting at most until the deadline */
-enum kvmi_status vm_pump(struct kvmi_vm *vm, int64_t deadline,
-			 struct kvmi_error *err);
-/* Waits for the answer and frees pending whatever happens */
+/* Our part of the handshake, after QEMU's */
+enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err);
+/* Sends what was started; waits for the answer and frees pending whatever happens */
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 			 size_t *size, struct kvmi_error *err);
 void vm_abandon(struct kvmi_vm *vm, struct pending *pending);
@@ -165,9 +175,4 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
-/* Appends a message that has no answer */
-enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
-			 const struct iovec *parts, int part_count,
-			 struct kvmi_error *err);
-
 #endif

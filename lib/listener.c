@@ -9,6 +9,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
+
 #include "internal.h"
 
 struct kvmi_listener {
@@ -17,7 +19,7 @@ struct kvmi_listener {
 	/* what is to be deleted at the end */
 	dev_t device;
 	ino_t inode;
-	struct sockaddr_un address;
+	struct sockaddr_un address;	/* sun_path "": none */
 };
 
 /*
@@ -132,6 +134,41 @@ failed:
 	return NULL;
 }
 
+struct kvmi_listener *kvmi_listener_new_vsock(unsigned int port,
+					      struct kvmi_error *err)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_port = port,
+		.svm_cid = VMADDR_CID_ANY,
+	};
+	struct kvmi_listener *listener;
+
+	if (!port || port == VMADDR_PORT_ANY) {
+		fail(err, KVMI_ERR_ARGUMENT, "there is no port %u", port);
+		return NULL;
+	}
+	listener = calloc(1, sizeof(*listener));
+	if (!listener) {
+		fail_errno(err, ENOMEM, "listening");
+		return NULL;
+	}
+	listener->fd = socket(AF_VSOCK,
+			      SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (listener->fd < 0) {
+		fail_errno(err, errno,
+			   "a vsock socket (is the module vsock loaded?)");
+	} else if (bind(listener->fd, (struct sockaddr *)&address,
+			sizeof(address)) || listen(listener->fd, 128)) {
+		fail_errno(err, errno, "vsock port %u", port);
+		close(listener->fd);
+	} else {
+		return listener;
+	}
+	free(listener);
+
+	return NULL;
+}
+
 enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
 				       const void *key, size_t size,
 				       struct kvmi_error *err)
@@ -189,7 +226,8 @@ void kvmi_listener_free(struct kvmi_listener *listener)
 	if (!listener)
 		return;
 
-	if (!lstat(listener->address.sun_path, &info) &&
+	if (listener->address.sun_path[0] &&
+	    !lstat(listener->address.sun_path, &info) &&
 	    info.st_dev == listener->device && info.st_ino == listener->inode)
 		unlink(listener->address.sun_path);
 	close(listener->fd);

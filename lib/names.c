@@ -35,6 +35,8 @@ static const char *const command_names[] = {
 	[KVMI_VCPU_CONTROL_MSR] = "vcpu-control-msr",
 	[KVMI_VCPU_CONTROL_SINGLESTEP] = "vcpu-control-singlestep",
 	[KVMI_VCPU_TRANSLATE_GVA] = "vcpu-translate-gva",
+	[KVMI_VCPU_SET_SREGS] = "vcpu-set-sregs",
+	[KVMI_VCPU_SET_MSRS] = "vcpu-set-msrs",
 };
 
 static const char *const event_names[] = {
@@ -85,6 +87,7 @@ const char *kvmi_status_name(enum kvmi_status status)
 	case KVMI_ERR_NOT_SUPPORTED: return "not-supported";
 	case KVMI_ERR_UNKNOWN: return "unknown";
 	case KVMI_ERR_KVM: return "kvm";
+	case KVMI_ERR_TOO_MUCH: return "too-much";
 	}
 
 	return "?";
@@ -151,6 +154,7 @@ enum kvmi_status status_of_kvm(int kvm_error)
 	case KVM_EINVAL: return KVMI_ERR_INVALID;
 	case KVM_EOPNOTSUPP: return KVMI_ERR_NOT_SUPPORTED;
 	case KVM_ENOSYS: return KVMI_ERR_UNKNOWN;
+	case KVM_E2BIG: return KVMI_ERR_TOO_MUCH;
 	default: return KVMI_ERR_KVM;
 	}
 }
@@ -159,7 +163,7 @@ enum kvmi_status fail_kvm(struct kvmi_error *err, unsigned int command,
 			  int kvm_error)
 {
 	enum kvmi_status status = status_of_kvm(kvm_error);
-	const char *name = kvmi_command_name(command);
+	const char *name = kvmi_command_name(command), *why;
 
 	if (!name)
 		name = "command";
@@ -168,43 +172,58 @@ enum kvmi_status fail_kvm(struct kvmi_error *err, unsigned int command,
 	case KVMI_OK:
 		return KVMI_OK;
 	case KVMI_ERR_NOT_ALLOWED:
-		fail(err, status,
-		     "%s: not allowed (see the commands and events properties of QEMU's kvmi object)",
-		     name);
+		why = "not allowed (see the commands and events properties of QEMU's kvmi object)";
+		if (command == KVMI_VCPU_CONTROL_MSR)
+			why = "not allowed by QEMU: this command, or this MSR to the guest";
 		break;
 	case KVMI_ERR_NOT_FOUND:
-		fail(err, status,
-		     command == KVMI_VM_READ_PHYSICAL ||
-		     command == KVMI_VM_WRITE_PHYSICAL ?
-		     "%s: the guest has no memory at this address" :
-		     "%s: KVM knows nothing of this kind", name);
+		why = "KVM knows nothing of this kind";
+		if (command == KVMI_VM_READ_PHYSICAL ||
+		    command == KVMI_VM_WRITE_PHYSICAL ||
+		    command == KVMI_VM_GET_PAGE_ACCESS)
+			why = "the guest has no memory at this address";
+		else if (command == KVMI_VCPU_GET_CPUID)
+			why = "the guest has no such leaf";
 		break;
 	case KVMI_ERR_NOT_STARTED:
-		fail(err, status,
-		     "%s: the guest has not started this vCPU yet", name);
+		why = "the guest has not started this vCPU yet";
 		break;
 	case KVMI_ERR_BUSY:
-		fail(err, status, command == KVMI_VCPU_CONTROL_EVENTS ?
-		     "%s: already so, or a debugger holds the breakpoints of this vCPU" :
-		     "%s: busy", name);
+		why = "too much is waiting for this vCPU already";
+		if (command == KVMI_VCPU_CONTROL_EVENTS ||
+		    command == KVMI_VCPU_CONTROL_SINGLESTEP)
+			why = "a debugger (QEMU's gdb stub) holds this vCPU";
+		else if (command == KVMI_VCPU_INJECT_EXCEPTION)
+			why = "the last exception has not been delivered yet, or the vCPU is single-stepped";
 		break;
 	case KVMI_ERR_INVALID:
-		fail(err, status, "%s: KVM rejected the arguments", name);
+		why = "KVM rejected the arguments";
+		if (command == KVMI_VM_SET_PAGE_ACCESS)
+			why = "the guest has no memory at one of the addresses";
+		else if (command & 1)
+			why = "KVM rejected the arguments, or there is no such vCPU";
 		break;
 	case KVMI_ERR_NOT_SUPPORTED:
-		fail(err, status, command == KVMI_VCPU_SET_REGISTERS ?
-		     "%s: this vCPU is not waiting for the answer to an event" :
-		     "%s: not supported by this host", name);
+		why = "not supported by this host";
+		if (command == KVMI_VCPU_SET_REGISTERS)
+			why = "this vCPU is not waiting for the answer to an event";
 		break;
 	case KVMI_ERR_UNKNOWN:
-		fail(err, status, "%s: this version of KVM lacks it", name);
+		why = "this version of KVM lacks it";
 		break;
 	case KVMI_ERR_NO_MEMORY:
-		fail(err, status, "%s: the host is out of memory", name);
+		why = "the host is out of memory";
+		break;
+	case KVMI_ERR_TOO_MUCH:
+		why = "KVM remembers no more of the writes (65536 bytes); take some breakpoints out";
 		break;
 	default:
-		fail(err, status, "%s: KVM error %d", name, kvm_error);
+		why = NULL;
 	}
+	if (why)
+		fail(err, status, "%s: %s", name, why);
+	else
+		fail(err, status, "%s: KVM error %d", name, kvm_error);
 	if (err)
 		err->kvm_error = kvm_error;
 

@@ -5,11 +5,15 @@
  *
  * The socket is non-blocking.  Whoever waits for something (vm_pump()) both
  * sends and receives, so that neither side can wait for the other to read.
+ *
+ * Functions without a prefix are called with the lock held; those with vm_ and
+ * kvmi_ take it.
  */
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +25,9 @@
 #include "internal.h"
 
 #define DEFAULT_TIMEOUT_MS 5000
+
+/* How long to wait for room in the socket before looking around */
+#define FOLLOW_MS 10
 
 _Static_assert(sizeof(struct wire_hello) == 104, "handshake");
 _Static_assert(sizeof(struct wire_hello_answer) == 24, "handshake");
@@ -44,6 +51,16 @@ static enum kvmi_status copy_broken(const struct kvmi_vm *vm,
 	return vm->broken.status;
 }
 
+static void lock(const struct kvmi_vm *vm)
+{
+	pthread_mutex_lock((pthread_mutex_t *)&vm->lock);
+}
+
+static void unlock(const struct kvmi_vm *vm)
+{
+	pthread_mutex_unlock((pthread_mutex_t *)&vm->lock);
+}
+
 /* No more bytes in either direction; the fd stays for poll() until the end */
 static void disconnect(struct kvmi_vm *vm)
 {
@@ -51,22 +68,54 @@ static void disconnect(struct kvmi_vm *vm)
 	vm->state = VM_BROKEN;
 	vm->input_start = vm->input_end = 0;
 	vm->output_start = vm->output_end = 0;
+	pthread_cond_broadcast(&vm->changed);
+}
+
+static enum kvmi_status break_with(struct kvmi_vm *vm, struct kvmi_error *err,
+				   const char *format, va_list args)
+{
+	char text[160];
+
+	if (vm->state != VM_BROKEN) {
+		vsnprintf(text, sizeof(text), format, args);
+		fail(&vm->broken, KVMI_ERR_PROTOCOL, "protocol error: %s",
+		     text);
+		disconnect(vm);
+	}
+
+	return copy_broken(vm, err);
+}
+
+static enum kvmi_status breach(struct kvmi_vm *vm, struct kvmi_error *err,
+			       const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
+
+static enum kvmi_status breach(struct kvmi_vm *vm, struct kvmi_error *err,
+			       const char *format, ...)
+{
+	enum kvmi_status status;
+	va_list args;
+
+	va_start(args, format);
+	status = break_with(vm, err, format, args);
+	va_end(args);
+
+	return status;
 }
 
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)
 {
-	char text[160];
+	enum kvmi_status status;
 	va_list args;
 
+	lock(vm);
 	va_start(args, format);
-	vsnprintf(text, sizeof(text), format, args);
+	status = break_with(vm, err, format, args);
 	va_end(args);
+	unlock(vm);
 
-	fail(&vm->broken, KVMI_ERR_PROTOCOL, "protocol error: %s", text);
-	disconnect(vm);
-
-	return copy_broken(vm, err);
+	return status;
 }
 
 static enum kvmi_status broken_by_system(struct kvmi_vm *vm,
@@ -100,6 +149,7 @@ struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 		       struct kvmi_error *err)
 {
 	struct kvmi_vm *vm = calloc(1, sizeof(*vm));
+	pthread_condattr_t attributes;
 
 	if (vm)
 		vm->input = malloc(INPUT_SIZE);
@@ -109,6 +159,11 @@ struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 		return NULL;
 	}
 
+	pthread_mutex_init(&vm->lock, NULL);
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&vm->changed, &attributes);
+	pthread_condattr_destroy(&attributes);
 	vm->fd = fd;
 	vm->timeout = DEFAULT_TIMEOUT_MS;
 	vm->state = VM_HELLO;
@@ -208,9 +263,10 @@ static enum kvmi_status append(struct kvmi_vm *vm, const void *data,
 	return KVMI_OK;
 }
 
-enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
-			 const struct iovec *parts, int part_count,
-			 struct kvmi_error *err)
+/* Appends a message */
+static enum kvmi_status send_message(struct kvmi_vm *vm, unsigned int id,
+				     uint32_t seq, const struct iovec *parts,
+				     int part_count, struct kvmi_error *err)
 {
 	struct kvmi_msg_hdr header = { .id = id, .seq = seq };
 	enum kvmi_status status;
@@ -236,7 +292,6 @@ enum kvmi_status vm_send(struct kvmi_vm *vm, unsigned int id, uint32_t seq,
 
 static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 {
-	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
 	struct wire_hello hello = { 0 };
 	uint32_t size;
 
@@ -247,7 +302,7 @@ static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 		return KVMI_OK;
 	memcpy(&size, input, sizeof(size));
 	if (size < HELLO_MIN_SIZE || size > HELLO_MAX_SIZE)
-		return vm_break(vm, err,
+		return breach(vm, err,
 				"a handshake of %u bytes; is that QEMU's kvmi object?",
 				size);
 	if (got < size)
@@ -263,10 +318,9 @@ static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	memcpy(vm->hello.name, hello.name, sizeof(vm->hello.name));
 	vm->hello.name[sizeof(vm->hello.name) - 1] = 0;
 
-	memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
-	vm->state = VM_RUNNING;
+	vm->state = VM_GREETED;
 
-	return append(vm, &answer, sizeof(answer), err);
+	return KVMI_OK;
 }
 
 static void queue_event(struct kvmi_vm *vm, struct queued_event *entry)
@@ -285,7 +339,7 @@ static enum kvmi_status take_vm_event(struct kvmi_vm *vm,
 	struct queued_event *entry;
 
 	if (header->size < sizeof(event))
-		return vm_break(vm, err, "an event of %u bytes", header->size);
+		return breach(vm, err, "an event of %u bytes", header->size);
 	memcpy(&event, body, sizeof(event));
 
 	/* Nobody waits for an answer: what is not known can be left out */
@@ -307,7 +361,7 @@ static enum kvmi_status open_slot(struct kvmi_vm *vm, unsigned int vcpu,
 				  struct kvmi_error *err)
 {
 	if (vcpu >= MAX_VCPUS)
-		return vm_break(vm, err, "an event of vCPU %u", vcpu);
+		return breach(vm, err, "an event of vCPU %u", vcpu);
 
 	if (vcpu >= vm->open_count) {
 		size_t count = vcpu + 16;
@@ -325,12 +379,98 @@ static enum kvmi_status open_slot(struct kvmi_vm *vm, unsigned int vcpu,
 	return KVMI_OK;
 }
 
+/* What an event has at least; more may come with a later version of KVM */
+static size_t event_data_size(unsigned int id)
+{
+	switch (id) {
+	case KVMI_VCPU_EVENT_BREAKPOINT:
+		return sizeof(struct kvmi_vcpu_event_breakpoint);
+	case KVMI_VCPU_EVENT_CR:
+		return sizeof(struct kvmi_vcpu_event_cr);
+	case KVMI_VCPU_EVENT_MSR:
+		return sizeof(struct kvmi_vcpu_event_msr);
+	case KVMI_VCPU_EVENT_TRAP:
+		return sizeof(struct kvmi_vcpu_event_trap);
+	case KVMI_VCPU_EVENT_XSETBV:
+		return sizeof(struct kvmi_vcpu_event_xsetbv);
+	case KVMI_VCPU_EVENT_DESCRIPTOR:
+		return sizeof(struct kvmi_vcpu_event_descriptor);
+	case KVMI_VCPU_EVENT_PF:
+		return sizeof(struct kvmi_vcpu_event_pf);
+	case KVMI_VCPU_EVENT_SINGLESTEP:
+		return sizeof(struct kvmi_vcpu_event_singlestep);
+	default:
+		return 0;
+	}
+}
+
+static void take_event_data(struct kvmi_vm_event *event, const void *data,
+			    size_t size)
+{
+	union {
+		struct kvmi_vcpu_event_breakpoint breakpoint;
+		struct kvmi_vcpu_event_cr cr;
+		struct kvmi_vcpu_event_msr msr;
+		struct kvmi_vcpu_event_trap trap;
+		struct kvmi_vcpu_event_xsetbv xsetbv;
+		struct kvmi_vcpu_event_descriptor descriptor;
+		struct kvmi_vcpu_event_pf pf;
+		struct kvmi_vcpu_event_singlestep singlestep;
+		uint8_t bytes[sizeof(event->data)];
+	} wire;
+
+	memset(&wire, 0, sizeof(wire));
+	if (size)
+		memcpy(&wire, data, size);
+
+	switch (event->id) {
+	case KVMI_EV_BREAKPOINT:
+		event->breakpoint.gpa = wire.breakpoint.gpa;
+		event->breakpoint.insn_len = wire.breakpoint.insn_len;
+		break;
+	case KVMI_EV_CR:
+		event->cr.cr = wire.cr.cr;
+		event->cr.old_value = wire.cr.old_value;
+		event->cr.new_value = wire.cr.new_value;
+		break;
+	case KVMI_EV_MSR:
+		event->msr.msr = wire.msr.msr;
+		event->msr.old_value = wire.msr.old_value;
+		event->msr.new_value = wire.msr.new_value;
+		break;
+	case KVMI_EV_TRAP:
+		event->trap.vector = wire.trap.nr;
+		event->trap.error_code = wire.trap.error_code;
+		event->trap.address = wire.trap.address;
+		break;
+	case KVMI_EV_XSETBV:
+		event->xsetbv.xcr = wire.xsetbv.xcr;
+		event->xsetbv.old_value = wire.xsetbv.old_value;
+		event->xsetbv.new_value = wire.xsetbv.new_value;
+		break;
+	case KVMI_EV_DESCRIPTOR:
+		event->descriptor.descriptor = wire.descriptor.descriptor;
+		event->descriptor.write = wire.descriptor.write;
+		break;
+	case KVMI_EV_PF:
+		event->pf.gva = wire.pf.gva;
+		event->pf.gpa = wire.pf.gpa;
+		event->pf.access = wire.pf.access;
+		event->pf.not_emulated = wire.pf.flags & KVMI_PF_NOT_EMULATED;
+		break;
+	case KVMI_EV_SINGLESTEP:
+		event->singlestep.failed = wire.singlestep.failed;
+		break;
+	default:
+		memcpy(event->data, wire.bytes, sizeof(event->data));
+	}
+}
+
 static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 					const struct kvmi_msg_hdr *header,
 					const uint8_t *body,
 					struct kvmi_error *err)
 {
-	struct kvmi_vcpu_event_breakpoint breakpoint;
 	struct kvmi_vcpu_event common;
 	struct kvmi_event_hdr event;
 	struct queued_event *entry;
@@ -339,29 +479,28 @@ static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 	size_t size;
 
 	if (header->size == sizeof(struct kvmi_error_code))
-		return vm_break(vm, err,
+		return breach(vm, err,
 				"KVM did not take the answer to an event");
 	if (header->size < sizeof(event) + sizeof(common))
-		return vm_break(vm, err, "an event of %u bytes", header->size);
+		return breach(vm, err, "an event of %u bytes", header->size);
 	memcpy(&event, body, sizeof(event));
 	memcpy(&common, body + sizeof(event), sizeof(common));
 	if (common.size < sizeof(common) ||
 	    sizeof(event) + common.size > header->size)
-		return vm_break(vm, err, "an event with a head of %u bytes",
+		return breach(vm, err, "an event with a head of %u bytes",
 				common.size);
 	data = body + sizeof(event) + common.size;
 	size = header->size - sizeof(event) - common.size;
 	if (size > sizeof(entry->event.data) ||
-	    (event.event == KVMI_VCPU_EVENT_BREAKPOINT &&
-	     size < sizeof(breakpoint)))
-		return vm_break(vm, err, "event %u with %zu bytes of data",
+	    size < event_data_size(event.event))
+		return breach(vm, err, "event %u with %zu bytes of data",
 				event.event, size);
 
 	status = open_slot(vm, common.vcpu, err);
 	if (status != KVMI_OK)
 		return status;
 	if (vm->open[common.vcpu].open)
-		return vm_break(vm, err, "two open events of vCPU %u",
+		return breach(vm, err, "two open events of vCPU %u",
 				common.vcpu);
 
 	entry = calloc(1, sizeof(*entry));
@@ -385,17 +524,15 @@ static enum kvmi_status take_vcpu_event(struct kvmi_vm *vm,
 		.pat = common.arch.msrs.pat,
 		.shadow_gs = common.arch.msrs.shadow_gs,
 	};
-	if (event.event == KVMI_VCPU_EVENT_BREAKPOINT) {
-		memcpy(&breakpoint, data, sizeof(breakpoint));
-		entry->event.breakpoint.gpa = breakpoint.gpa;
-		entry->event.breakpoint.insn_len = breakpoint.insn_len;
-	} else if (size) {
-		memcpy(entry->event.data, data, size);
-	}
+	take_event_data(&entry->event, data, size);
 
 	vm->open[common.vcpu] = (struct open_event){
 		.open = true, .id = event.event, .seq = header->seq,
 	};
+	if (event.event == KVMI_VCPU_EVENT_CR)
+		vm->open[common.vcpu].value = entry->event.cr.new_value;
+	else if (event.event == KVMI_VCPU_EVENT_MSR)
+		vm->open[common.vcpu].value = entry->event.msr.new_value;
 	queue_event(vm, entry);
 
 	return KVMI_OK;
@@ -414,15 +551,15 @@ static enum kvmi_status take_answer(struct kvmi_vm *vm,
 	if ((pending->state != PENDING_WAITING &&
 	     pending->state != PENDING_ABANDONED) ||
 	    pending->seq != header->seq || pending->id != header->id)
-		return vm_break(vm, err,
+		return breach(vm, err,
 				"an answer to nothing (message %u, number %u)",
 				header->id, header->seq);
 	if (header->size < sizeof(code))
-		return vm_break(vm, err, "%s: an answer of %u bytes", name,
+		return breach(vm, err, "%s: an answer of %u bytes", name,
 				header->size);
 	memcpy(&code, body, sizeof(code));
 	if (code.err > 0 || code.err == INT32_MIN)
-		return vm_break(vm, err, "%s: error %d", name, code.err);
+		return breach(vm, err, "%s: error %d", name, code.err);
 
 	if (pending->state == PENDING_ABANDONED) {
 		pending->state = PENDING_FREE;
@@ -458,7 +595,7 @@ static enum kvmi_status take_messages(struct kvmi_vm *vm,
 			break;
 		memcpy(&header, input, sizeof(header));
 		if (header.size > KVMI_MAX_MSG_SIZE)
-			return vm_break(vm, err, "a message of %u bytes",
+			return breach(vm, err, "a message of %u bytes",
 					header.size);
 		if (got < sizeof(header) + header.size)
 			break;
@@ -503,6 +640,7 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
 		return broken_by_system(vm, err, errno, "receiving");
 
 	vm->input_end += got;
+	pthread_cond_broadcast(&vm->changed);
 
 	return take_messages(vm, err);
 }
@@ -511,7 +649,7 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
  * Waiting
  */
 
-enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err)
+static enum kvmi_status flush(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
@@ -519,36 +657,133 @@ enum kvmi_status vm_flush(struct kvmi_vm *vm, struct kvmi_error *err)
 	return send_some(vm, err);
 }
 
-enum kvmi_status vm_pump(struct kvmi_vm *vm, int64_t deadline,
-			 struct kvmi_error *err)
+static bool has_output(const struct kvmi_vm *vm)
 {
-	for (;;) {
-		struct pollfd poll_fd = { .fd = vm->fd, .events = POLLIN };
-		enum kvmi_status status = vm_flush(vm, err);
-		int64_t left;
+	return vm->output_start < vm->output_end;
+}
 
+/* Without the lock; a failure of poll() will be seen by send() and recv() */
+static void poll_socket(struct kvmi_vm *vm, short events, int64_t ms)
+{
+	struct pollfd poll_fd = { .fd = vm->fd, .events = events };
+
+	unlock(vm);
+	poll(&poll_fd, 1, ms > INT32_MAX ? INT32_MAX : ms);
+	lock(vm);
+}
+
+/* Another thread polls: wait for it */
+static void follow(struct kvmi_vm *vm, int64_t deadline)
+{
+	struct timespec until = { deadline / 1000, deadline % 1000 * 1000000 };
+
+	/* it may not know that there is something to be sent */
+	if (has_output(vm))
+		poll_socket(vm, POLLOUT, FOLLOW_MS);
+	else
+		pthread_cond_timedwait(&vm->changed, &vm->lock, &until);
+}
+
+/*
+ * One round of sending and receiving, waiting at most until the deadline.
+ * What the caller waits for may be there afterwards, or not.
+ */
+static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
+			     struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	int64_t left;
+
+	do {
+		status = flush(vm, err);
 		if (status != KVMI_OK)
 			return status;
+		left = deadline - now_ms();
+
+		if (vm->polling) {
+			if (left > 0) {
+				follow(vm, deadline);
+				return flush(vm, err);
+			}
+			break;
+		}
 		status = receive_some(vm, err);
 		if (status != KVMI_ERR_NOTHING)
 			return status;
+		if (left > 0) {
+			vm->polling = true;
+			poll_socket(vm, has_output(vm) ? POLLIN | POLLOUT :
+							 POLLIN, left);
+			vm->polling = false;
+			/* somebody else has to poll if we don't any more */
+			pthread_cond_broadcast(&vm->changed);
+		}
+	} while (left > 0);
 
-		left = deadline - now_ms();
-		if (left <= 0)
-			return fail(err, KVMI_ERR_TIMEOUT,
-				    "no answer in time");
-		if (vm->output_start < vm->output_end)
-			poll_fd.events |= POLLOUT;
-		if (poll(&poll_fd, 1, left > INT32_MAX ? INT32_MAX : left) < 0 &&
-		    errno != EINTR)
-			return broken_by_system(vm, err, errno, "poll");
-	}
+	return fail(err, KVMI_ERR_TIMEOUT, "no answer in time");
 }
 
-enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
-			  const struct iovec *parts, int part_count,
-			  void *data, size_t capacity, struct pending **pending,
-			  struct kvmi_error *err)
+enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	enum kvmi_status status = KVMI_OK;
+	int64_t deadline;
+
+	if (!vm)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
+
+	lock(vm);
+	deadline = now_ms() + vm->timeout;
+	if (vm->state == VM_BROKEN)
+		status = copy_broken(vm, err);
+	while (status == KVMI_OK && vm->state == VM_HELLO)
+		status = pump(vm, deadline, err);
+	if (status == KVMI_ERR_TIMEOUT)
+		fail(err, status,
+		     "the other side did not send its handshake within %d ms",
+		     vm->timeout);
+	unlock(vm);
+
+	return status;
+}
+
+enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
+				      const uint8_t hash[KVMI_KEY_HASH_SIZE],
+				      struct kvmi_error *err)
+{
+	if (!vm || !hash)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no hash");
+
+	lock(vm);
+	memcpy(vm->cookie_hash, hash, SHA1_SIZE);
+	unlock(vm);
+
+	return KVMI_OK;
+}
+
+enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
+	enum kvmi_status status = kvmi_vm_wait_hello(vm, err);
+
+	if (status != KVMI_OK)
+		return status;
+
+	lock(vm);
+	if (vm->state == VM_GREETED) {
+		memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
+		status = append(vm, &answer, sizeof(answer), err);
+		if (status == KVMI_OK)
+			vm->state = VM_RUNNING;
+	}
+	unlock(vm);
+
+	return status;
+}
+
+static enum kvmi_status start(struct kvmi_vm *vm, unsigned int id,
+			      const struct iovec *parts, int part_count,
+			      void *data, size_t capacity,
+			      struct pending **pending, struct kvmi_error *err)
 {
 	enum kvmi_status status;
 	struct pending *slot;
@@ -556,7 +791,7 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
-	if (vm->state == VM_HELLO)
+	if (vm->state != VM_RUNNING)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "no commands before kvmi_vm_connect()");
 
@@ -571,7 +806,7 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 			    "%d commands have not been answered; is the VM paused?",
 			    MAX_PENDING);
 
-	status = vm_send(vm, id, vm->seq, parts, part_count, err);
+	status = send_message(vm, id, vm->seq, parts, part_count, err);
 	if (status != KVMI_OK)
 		return status;
 
@@ -584,9 +819,22 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 	return KVMI_OK;
 }
 
-void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
+enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
+			  const struct iovec *parts, int part_count,
+			  void *data, size_t capacity, struct pending **pending,
+			  struct kvmi_error *err)
 {
-	(void)vm;
+	enum kvmi_status status;
+
+	lock(vm);
+	status = start(vm, id, parts, part_count, data, capacity, pending, err);
+	unlock(vm);
+
+	return status;
+}
+
+static void abandon(struct pending *pending)
+{
 	/* The caller's buffer must not be written to any more */
 	pending->data = NULL;
 	pending->capacity = 0;
@@ -594,19 +842,26 @@ void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
 			 PENDING_ABANDONED : PENDING_FREE;
 }
 
-enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
-			 size_t *size, struct kvmi_error *err)
+void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
+{
+	lock(vm);
+	abandon(pending);
+	unlock(vm);
+}
+
+static enum kvmi_status wait_for(struct kvmi_vm *vm, struct pending *pending,
+				 size_t *size, struct kvmi_error *err)
 {
 	int64_t deadline = now_ms() + vm->timeout;
 	unsigned int id = pending->id;
 	int kvm_error;
 
 	while (pending->state == PENDING_WAITING) {
-		enum kvmi_status status = vm_pump(vm, deadline, err);
+		enum kvmi_status status = pump(vm, deadline, err);
 
 		/* what came along with the bad news may be the answer */
 		if (status != KVMI_OK && pending->state == PENDING_WAITING) {
-			vm_abandon(vm, pending);
+			abandon(pending);
 			if (status == KVMI_ERR_TIMEOUT)
 				fail(err, status,
 				     id & 1 ?
@@ -620,9 +875,21 @@ enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 	if (size)
 		*size = pending->size;
 	kvm_error = pending->error;
-	vm_abandon(vm, pending);
+	abandon(pending);
 
 	return kvm_error ? fail_kvm(err, id, kvm_error) : KVMI_OK;
+}
+
+enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
+			 size_t *size, struct kvmi_error *err)
+{
+	enum kvmi_status status;
+
+	lock(vm);
+	status = wait_for(vm, pending, size, err);
+	unlock(vm);
+
+	return status;
 }
 
 enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
@@ -639,7 +906,8 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 	if (status == KVMI_OK)
 		status = vm_wait(vm, pending, &size, err);
 	if (status == KVMI_OK && size < least)
-		return vm_break(vm, err, "%s: an answer of %zu instead of %zu bytes",
+		return vm_break(vm, err,
+				"%s: an answer of %zu instead of %zu bytes",
 				kvmi_command_name(id), size, least);
 
 	return status;
@@ -655,7 +923,9 @@ enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
 	if (!vm || ms <= 0)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "a timeout of %d ms, or no vm", ms);
+	lock(vm);
 	vm->timeout = ms;
+	unlock(vm);
 
 	return KVMI_OK;
 }
@@ -667,8 +937,16 @@ int kvmi_vm_fd(const struct kvmi_vm *vm)
 
 short kvmi_vm_poll_events(const struct kvmi_vm *vm)
 {
-	return vm && vm->output_start < vm->output_end ? POLLIN | POLLOUT :
-							 POLLIN;
+	short events = POLLIN;
+
+	if (!vm)
+		return events;
+	lock(vm);
+	if (has_output(vm))
+		events |= POLLOUT;
+	unlock(vm);
+
+	return events;
 }
 
 const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm)
@@ -684,7 +962,6 @@ const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm)
 void kvmi_vm_close(struct kvmi_vm *vm)
 {
 	struct queued_event *entry;
-	int64_t deadline;
 
 	if (!vm)
 		return;
@@ -693,10 +970,7 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	 * An answer that is still here would turn into "continue", which puts
 	 * a #BP into the guest.  What is received meanwhile does not matter.
 	 */
-	deadline = now_ms() + vm->timeout;
-	while (vm->state == VM_RUNNING && vm->output_start < vm->output_end)
-		if (vm_pump(vm, deadline, NULL) != KVMI_OK)
-			break;
+	kvmi_vm_flush(vm, NULL);
 
 	close(vm->fd);
 	while ((entry = vm->first_event)) {
@@ -706,6 +980,8 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	free(vm->open);
 	free(vm->input);
 	free(vm->output);
+	pthread_cond_destroy(&vm->changed);
+	pthread_mutex_destroy(&vm->lock);
 	explicit_bzero(vm, sizeof(*vm));
 	free(vm);
 }
@@ -718,20 +994,53 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (!vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
 
+	lock(vm);
 	do {
-		status = vm_flush(vm, err);
+		status = flush(vm, err);
 		if (status == KVMI_OK)
 			status = receive_some(vm, err);
 	} while (status == KVMI_OK && --rounds);
-	if (status != KVMI_OK && status != KVMI_ERR_NOTHING)
-		return status;
+	if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
+		status = flush(vm, err);
+	unlock(vm);
 
-	return vm_flush(vm, err);
+	return status;
 }
 
-struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm)
+enum kvmi_status kvmi_vm_flush(struct kvmi_vm *vm, struct kvmi_error *err)
 {
-	struct queued_event *entry = vm ? vm->first_event : NULL;
+	enum kvmi_status status;
+	int64_t deadline;
+
+	if (!vm)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
+
+	lock(vm);
+	deadline = now_ms() + vm->timeout;
+	status = flush(vm, err);
+	while (status == KVMI_OK && has_output(vm))
+		status = pump(vm, deadline, err);
+	unlock(vm);
+
+	return status;
+}
+
+void kvmi_vm_shutdown(struct kvmi_vm *vm)
+{
+	if (!vm)
+		return;
+	lock(vm);
+	if (vm->state != VM_BROKEN) {
+		fail(&vm->broken, KVMI_ERR_CLOSED,
+		     "this side has shut the connection down");
+		disconnect(vm);
+	}
+	unlock(vm);
+}
+
+static struct kvmi_vm_event *next_event(struct kvmi_vm *vm)
+{
+	struct queued_event *entry = vm->first_event;
 
 	if (!entry)
 		return NULL;
@@ -745,6 +1054,19 @@ struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm)
 	return &entry->event;
 }
 
+struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm)
+{
+	struct kvmi_vm_event *event;
+
+	if (!vm)
+		return NULL;
+	lock(vm);
+	event = next_event(vm);
+	unlock(vm);
+
+	return event;
+}
+
 void kvmi_vm_event_free(struct kvmi_vm_event *event)
 {
 	free(event);
@@ -754,7 +1076,7 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 				    struct kvmi_vm_event **event,
 				    struct kvmi_error *err)
 {
-	enum kvmi_status status;
+	enum kvmi_status status = KVMI_OK;
 	int64_t deadline;
 
 	if (!vm || !event || ms < 0)
@@ -762,33 +1084,49 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 			    "no vm, no event or a negative time");
 
 	deadline = now_ms() + ms;
-	while (!(*event = kvmi_vm_next_event(vm))) {
-		status = vm_pump(vm, deadline, err);
-		if (status == KVMI_ERR_TIMEOUT)
-			return fail(err, KVMI_ERR_NOTHING, "no event");
+	lock(vm);
+	while (!(*event = next_event(vm))) {
+		status = pump(vm, deadline, err);
 		/* events that came before the end are there to be taken */
-		if (status != KVMI_OK && !vm->first_event)
-			return status;
+		if (status == KVMI_OK || vm->first_event)
+			continue;
+		if (status == KVMI_ERR_TIMEOUT)
+			status = fail(err, KVMI_ERR_NOTHING, "no event");
+		break;
 	}
+	if (*event)
+		status = KVMI_OK;
+	unlock(vm);
 
-	return KVMI_OK;
+	return status;
 }
 
+static bool has_value(unsigned int id)
+{
+	return id == KVMI_EV_CR || id == KVMI_EV_MSR;
+}
+
+/* value: NULL, or what is to be written (CR, MSR) */
 static enum kvmi_status queue_reply(struct kvmi_vm *vm,
 				    const struct kvmi_vm_event *event,
 				    enum kvmi_action action,
+				    const uint64_t *value,
 				    struct kvmi_error *err)
 {
 	struct kvmi_vcpu_event_reply reply = { .action = action,
 					       .event = event->id };
 	struct kvmi_vcpu_hdr vcpu = { .vcpu = event->vcpu };
+	struct open_event *open = &vm->open[event->vcpu];
+	uint64_t new_value = value ? *value : open->value;
 	const struct iovec parts[] = {
 		{ &vcpu, sizeof(vcpu) }, { &reply, sizeof(reply) },
+		{ &new_value, sizeof(new_value) },
 	};
 
-	vm->open[event->vcpu].open = false;
+	open->open = false;
 
-	return vm_send(vm, KVMI_VCPU_EVENT, event->seq, parts, 2, err);
+	return send_message(vm, KVMI_VCPU_EVENT, event->seq, parts,
+			    has_value(event->id) ? 3 : 2, err);
 }
 
 static enum kvmi_status check_reply(struct kvmi_vm *vm,
@@ -796,21 +1134,13 @@ static enum kvmi_status check_reply(struct kvmi_vm *vm,
 				    enum kvmi_action action,
 				    struct kvmi_error *err)
 {
-	if (!vm || !event)
-		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no event");
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
 
 	/* KVM ends the connection at once if these rules are broken */
-	switch (event->id) {
-	case KVMI_EV_UNHOOK:
-	case KVMI_EV_CR:
-	case KVMI_EV_MSR:
+	if (event->id == KVMI_EV_UNHOOK)
 		return fail(err, KVMI_ERR_ARGUMENT,
-			    "event %u is not answered like this", event->id);
-	default:
-		break;
-	}
+			    "UNHOOK is not answered, but by closing the connection");
 	if (action != KVMI_ACTION_CONTINUE && action != KVMI_ACTION_CRASH &&
 	    !(action == KVMI_ACTION_RETRY &&
 	      (event->id == KVMI_EV_BREAKPOINT ||
@@ -829,18 +1159,53 @@ static enum kvmi_status check_reply(struct kvmi_vm *vm,
 	return KVMI_OK;
 }
 
+static enum kvmi_status reply(struct kvmi_vm *vm,
+			      const struct kvmi_vm_event *event,
+			      enum kvmi_action action, const uint64_t *value,
+			      struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	int64_t deadline;
+
+	if (!vm || !event)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no event");
+
+	lock(vm);
+	deadline = now_ms() + vm->timeout;
+	status = check_reply(vm, event, action, err);
+	if (status == KVMI_OK)
+		status = queue_reply(vm, event, action, value, err);
+	if (status == KVMI_OK)
+		status = flush(vm, err);
+	/* the thread that polls does not know of what is left */
+	while (status == KVMI_OK && vm->polling && has_output(vm) &&
+	       now_ms() < deadline) {
+		poll_socket(vm, POLLOUT, FOLLOW_MS);
+		status = flush(vm, err);
+	}
+	unlock(vm);
+
+	return status;
+}
+
 enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
 			       const struct kvmi_vm_event *event,
 			       enum kvmi_action action, struct kvmi_error *err)
 {
-	enum kvmi_status status = check_reply(vm, event, action, err);
+	return reply(vm, event, action, NULL, err);
+}
 
-	if (status == KVMI_OK)
-		status = queue_reply(vm, event, action, err);
-	if (status == KVMI_OK)
-		status = vm_flush(vm, err);
+enum kvmi_status kvmi_vm_reply_with_value(struct kvmi_vm *vm,
+					  const struct kvmi_vm_event *event,
+					  enum kvmi_action action,
+					  uint64_t value,
+					  struct kvmi_error *err)
+{
+	if (event && !has_value(event->id))
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "the answer to event %u has no value", event->id);
 
-	return status;
+	return reply(vm, event, action, &value, err);
 }
 
 enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
@@ -849,30 +1214,33 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 					      const struct kvm_regs *regs,
 					      struct kvmi_error *err)
 {
-	enum kvmi_status status = check_reply(vm, event, action, err);
 	struct kvmi_vcpu_hdr vcpu = { 0 };
+	enum kvmi_status status;
 	struct kvm_regs copy;
 	const struct iovec parts[] = {
 		{ &vcpu, sizeof(vcpu) }, { &copy, sizeof(copy) },
 	};
 	struct pending *pending;
 
-	if (status != KVMI_OK)
-		return status;
-	if (!regs)
-		return fail(err, KVMI_ERR_ARGUMENT, "no registers");
+	if (!vm || !event || !regs)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no vm, no event or no registers");
 
 	vcpu.vcpu = event->vcpu;
 	copy = *regs;
-	status = vm_start(vm, KVMI_VCPU_SET_REGISTERS, parts, 2, NULL, 0,
-			  &pending, err);
-	if (status != KVMI_OK)
-		return status;
-	status = queue_reply(vm, event, action, err);
-	if (status != KVMI_OK) {
-		vm_abandon(vm, pending);
-		return status;
+	lock(vm);
+	status = check_reply(vm, event, action, err);
+	if (status == KVMI_OK)
+		status = start(vm, KVMI_VCPU_SET_REGISTERS, parts, 2, NULL, 0,
+			       &pending, err);
+	if (status == KVMI_OK) {
+		status = queue_reply(vm, event, action, NULL, err);
+		if (status == KVMI_OK)
+			status = wait_for(vm, pending, NULL, err);
+		else
+			abandon(pending);
 	}
+	unlock(vm);
 
-	return vm_wait(vm, pending, NULL, err);
+	return status;
 }

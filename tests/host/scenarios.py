@@ -633,6 +633,129 @@ def quit_while_hooked(g):
     g.spoilt = True
 
 
+# --- a tool of the older library's, see client.c ----------------------------------------------------------------------
+
+
+def places(g, names=HOT):
+    """Where these functions lie in the guest's physical memory, in words for a command line."""
+    start, _, _ = g.text()
+    return [hex(start + o) for o in breakpoint_offsets(g, names)]
+
+
+class Client:
+    """tests/host/client and what it said so far."""
+
+    def __init__(self, test, *words):
+        env = dict(os.environ, LD_LIBRARY_PATH=f"{BUILD}/lib/compat:{BUILD}/lib")
+        self.process = subprocess.Popen([str(BUILD / "tests/host/client"), str(SOCKET), test, *words], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.text = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+        self.read()
+        print(self.text)
+
+    def read(self):
+        self.text += (self.process.stdout.read() or b"").decode(errors="replace")
+        return self.text
+
+    def said(self, words, timeout=40):
+        wait_until(lambda: words in self.read() or self.process.poll() is not None, timeout, f"the client to say '{words}'")
+        assert words in self.read(), f"the client ended with status {self.process.returncode}"
+
+    def finish(self, timeout=60):
+        status = self.process.wait(timeout)
+        self.read()
+        assert status == 0, f"the client ended with status {status}"
+
+
+def client_run(g, test, *words):
+    before = code(g)
+    with Client(test, *words) as c:
+        c.finish()
+    g.wait_alive()
+    # the guest changes a few places of its code by itself, but no INT3 may stay at ours
+    same_memory(before, code(g), f"after the client's test {test}")
+    wait_state(g, "connecting")
+
+
+@scenario()
+def client_basics(g):
+    """The older library: listening, handshake, pausing, registers, MSRs, XSAVE, CPUID, MTRR, memory, addresses."""
+    client_run(g, "basics")
+
+
+@scenario()
+def client_breakpoint(g):
+    """The older library: breakpoints in hot functions, stepped over by single-step, on both vCPUs."""
+    client_run(g, "breakpoint", *places(g))
+
+
+@scenario()
+def client_registers(g):
+    """The older library: the guest's writes of CR3 and of MSRs, let through with the value they had."""
+    client_run(g, "registers")
+
+
+@scenario()
+def client_pages(g):
+    """The older library: a page of hot code that may not be executed; answers as long as they were then."""
+    client_run(g, "pages", *places(g))
+
+
+@scenario()
+def client_step(g):
+    """The older library: two hundred single steps of a vCPU."""
+    client_run(g, "step")
+
+
+@scenario()
+def client_batch(g):
+    """The older library: lists of registers, rights and answers."""
+    client_run(g, "batch", *places(g))
+
+
+@scenario()
+def client_inject(g):
+    """The older library: an injected exception and its TRAP event."""
+    client_run(g, "inject")
+
+
+@scenario()
+def client_close(g):
+    """The older library: connections, listeners and forked children are closed in every order, with a hit waiting."""
+    client_run(g, "close", *places(g))
+
+
+@scenario()
+def client_unhook(g):
+    """A tool that has never heard of UNHOOK: the VM is paused cleanly while its breakpoints are hit, and the tool told to go."""
+    before = code(g)
+    with Client("unhook", *places(g)) as c:
+        c.said("50 hits")
+        data, _ = stop(g)
+        expect("clean", data)
+        assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+        same_memory(before, code(g), "paused, with the older library")
+        c.said("the connection has ended")
+        cont(g)
+        c.said("the guest is back")
+        c.said("hits once more")
+        c.finish()
+    g.wait_alive()
+    same_memory(before, code(g), "after the client of the older library")
+
+
+# --- the host without introspection ------------------------------------------------------------------------------------
+
+
 @scenario(timeout=120, guest=False)
 def host_without_kvmi(_):
     """The modules can be unloaded (nothing of ours holds on to them), and QEMU tells what is missing: the parameter, or KVMI altogether."""

@@ -157,7 +157,12 @@ static void read_write(struct sim *sim)
 	memcpy(&request, sim->last_body, sizeof(request));
 	g_assert_cmpuint(sim->last.size, ==, sizeof(request) +
 			 (write ? request.size : 0));
-	if (request.flags || request.padding2 || !request.size ||
+	if (write) {
+		sim->write_flags = request.flags;
+		sim->writes++;
+	}
+	if (request.flags > (write && !sim->old ? 2 : 0) ||
+	    request.padding2 || !request.size ||
 	    request.gpa / 4096 != (request.gpa + request.size - 1) / 4096)
 		error = -KVM_EINVAL;
 	else if (request.gpa + request.size > SIM_MEMORY)
@@ -192,6 +197,33 @@ static void get_registers(struct sim *sim, unsigned int vcpu)
 	}
 	sim_answer(sim, sim->last.id, sim->last.seq, 0, reply,
 		   sizeof(*reply) + 16 * request.nmsrs);
+}
+
+static int32_t set_page_access(struct sim *sim)
+{
+	struct kvmi_vm_set_page_access request;
+	int32_t error = 0;
+	unsigned int i;
+
+	memcpy(&request, sim->last_body, sizeof(request));
+	g_assert_cmpuint(request.padding1, ==, 0);
+	g_assert_cmpuint(request.padding2, ==, 0);
+	g_assert_cmpuint(sim->last.size, ==,
+			 sizeof(request) + 16 * request.count);
+	sim->access_messages++;
+	for (i = 0; i < request.count; i++) {
+		struct kvmi_page_access_entry entry;
+
+		memcpy(&entry, sim->last_body + sizeof(request) + 16 * i,
+		       sizeof(entry));
+		g_assert_cmpuint(entry.padding[0] | entry.padding[6], ==, 0);
+		if (entry.gpa >= SIM_MEMORY)
+			error = -KVM_EINVAL;
+		else
+			sim->access[entry.gpa / 4096] = 7 & ~entry.access;
+	}
+
+	return error;
 }
 
 void sim_serve_one(struct sim *sim)
@@ -229,7 +261,13 @@ void sim_serve_one(struct sim *sim)
 	case KVMI_VCPU_EVENT:
 		memcpy(&sim->last_reply, body + sizeof(vcpu),
 		       sizeof(sim->last_reply));
-		g_assert_cmpuint(sim->last.size, ==, 16);
+		if (sim->last_reply.event == KVMI_VCPU_EVENT_CR ||
+		    sim->last_reply.event == KVMI_VCPU_EVENT_MSR) {
+			g_assert_cmpuint(sim->last.size, ==, 24);
+			memcpy(&sim->last_value, body + 16, 8);
+		} else {
+			g_assert_cmpuint(sim->last.size, ==, 16);
+		}
 		g_assert_cmpuint(sim->last_reply.padding1, ==, 0);
 		g_assert_cmpuint(sim->last_reply.padding2, ==, 0);
 		sim->last_seq = sim->last.seq;
@@ -242,6 +280,9 @@ void sim_serve_one(struct sim *sim)
 			.max_msg_size = sim->max_message == UINT32_MAX ? 0 :
 				KVMI_MAX_MSG_SIZE,
 			.features.singlestep = 1,
+			.features.get_page_access = !sim->old,
+			.features.get_max_gfn = !sim->old,
+			.features.journal = !sim->old,
 		};
 
 		g_assert_cmpuint(sim->last.size, ==, 0);
@@ -321,6 +362,81 @@ void sim_serve_one(struct sim *sim)
 		if (vcpu.vcpu == 2)
 			error = -KVM_EAGAIN;
 		break;
+	case KVMI_VM_SET_PAGE_ACCESS:
+		error = set_page_access(sim);
+		break;
+	case KVMI_VM_GET_PAGE_ACCESS: {
+		struct kvmi_vm_get_page_access_reply reply = { 0 };
+		uint64_t gpa;
+
+		memcpy(&gpa, body, sizeof(gpa));
+		if (sim->old || gpa >= SIM_MEMORY) {
+			error = sim->old ? -KVM_ENOSYS : -KVM_ENOENT;
+			break;
+		}
+		reply.access = 7 & ~sim->access[gpa / 4096];
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VM_GET_MAX_GFN: {
+		struct kvmi_vm_get_max_gfn_reply reply = {
+			SIM_MEMORY / 4096 - 1
+		};
+
+		if (sim->old) {
+			error = -KVM_ENOSYS;
+			break;
+		}
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VCPU_GET_CPUID: {
+		struct kvmi_vcpu_get_cpuid request;
+		struct kvmi_vcpu_get_cpuid_reply reply;
+
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		memcpy(&request, body + 8, sizeof(request));
+		if (request.function == 99) {
+			error = -KVM_ENOENT;
+			break;
+		}
+		reply = (struct kvmi_vcpu_get_cpuid_reply){
+			request.function, request.index, 3, 4
+		};
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VCPU_GET_XCR:
+	case KVMI_VCPU_GET_MTRR_TYPE: {
+		uint64_t reply = sim->last.id == KVMI_VCPU_GET_XCR ? 7 : 6;
+
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
+	case KVMI_VCPU_GET_XSAVE:
+		g_assert_cmpuint(sim->last.size, ==, 8);
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, sim->xsave,
+			   sizeof(sim->xsave));
+		return;
+	case KVMI_VCPU_SET_XSAVE:
+		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(sim->xsave));
+		memcpy(sim->xsave, body + 8, sizeof(sim->xsave));
+		break;
+	case KVMI_VCPU_CONTROL_CR:
+	case KVMI_VCPU_CONTROL_MSR:
+	case KVMI_VCPU_CONTROL_SINGLESTEP:
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		break;
+	case KVMI_VCPU_INJECT_EXCEPTION:
+		g_assert_cmpuint(sim->last.size, ==, 24);
+		if (body[8] == 2)
+			error = -KVM_EBUSY;
+		break;
 	case KVMI_VM_CONTROL_CLEANUP:
 		g_assert_cmpuint(sim->last.size, ==, 8);
 		break;
@@ -369,6 +485,12 @@ void sim_connect(struct sim *sim, const char *path)
 	sim->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	g_assert_cmpint(connect(sim->fd, (struct sockaddr *)&address,
 				sizeof(address)), ==, 0);
+	sim->thread = g_thread_new("sim", run, sim);
+}
+
+void sim_run(struct sim *sim, int fd)
+{
+	sim->fd = fd;
 	sim->thread = g_thread_new("sim", run, sim);
 }
 

@@ -30,6 +30,14 @@ struct sim {
 	int event_before;		/* an event before this answer */
 	unsigned int answer_size;	/* cut (or stretch) answers to this */
 
+	bool old;			/* a KVM without the later commands */
+	uint16_t write_flags;		/* of the last write */
+	unsigned int writes;
+	uint8_t access[SIM_MEMORY / 4096];	/* what is taken off each page */
+	unsigned int access_messages;
+	uint8_t xsave[4096];
+	uint64_t last_value;		/* of a reply to CR, MSR */
+
 	uint8_t memory[SIM_MEMORY];
 	struct kvm_regs regs[SIM_VCPUS];
 	uint8_t cookie[20];
@@ -48,6 +56,8 @@ struct sim {
 void sim_start(struct sim *sim, void (*script)(struct sim *sim));
 /* The same, connecting to a listener as QEMU does */
 void sim_connect(struct sim *sim, const char *path);
+/* The same, on a socket that is connected already */
+void sim_run(struct sim *sim, int fd);
 /* Waits for the script; the client must have closed its end */
 void sim_stop(struct sim *sim);
 

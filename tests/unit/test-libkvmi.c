@@ -9,6 +9,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
+
 #include <glib.h>
 #include <glib/gstdio.h>
 
@@ -180,6 +182,30 @@ static void test_handshake_key(void)
 	ok(kvmi_vm_connect(vm, 0, 0, err));
 	sha1("secret", 6, digest);
 	g_assert_cmpmem(sim->cookie, 20, digest, 20);
+	done(sim, vm);
+}
+
+/* The key is chosen when it is known who calls */
+static void test_handshake_late_key(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t digest[SHA1_SIZE];
+	struct kvmi_vm *vm;
+
+	sim_start(sim, NULL);
+	vm = kvmi_vm_new(sim->client_fd, "wrong", 5, NULL);
+	ok(kvmi_vm_wait_hello(vm, err));
+	ok(kvmi_vm_wait_hello(vm, err));
+	g_assert_cmpstr(kvmi_vm_get_hello(vm)->name, ==, "a guest");
+	fails(kvmi_vm_check_event(vm, 0, err), KVMI_ERR_ARGUMENT);
+	sha1("secret", 6, digest);
+	ok(kvmi_vm_set_key_hash(vm, digest, err));
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+	g_assert_cmpmem(sim->cookie, 20, digest, 20);
+	/* it makes no difference later on */
+	ok(kvmi_vm_wait_hello(vm, err));
+	kvmi_vm_shutdown(vm);
+	fails(kvmi_vm_wait_hello(vm, err), KVMI_ERR_CLOSED);
 	done(sim, vm);
 }
 
@@ -402,6 +428,122 @@ static void test_commands(void)
 	/* err may be left out */
 	g_assert_cmpint(kvmi_vm_check_event(vm, 99, NULL), ==,
 			KVMI_ERR_NOT_FOUND);
+	done(sim, vm);
+}
+
+/* Those that came with the whole protocol */
+static void test_more_commands(void)
+{
+	struct kvmi_page_access pages[1200];
+	uint8_t state[KVMI_XSAVE_SIZE], byte;
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	const struct kvmi_vm_version *version = kvmi_vm_get_version(vm);
+	struct kvmi_cpuid cpuid;
+	uint64_t value;
+	size_t i;
+
+	g_assert_true(version->get_page_access);
+	g_assert_true(version->get_max_gfn);
+	g_assert_true(version->journal);
+
+	ok(kvmi_vcpu_control_cr(vm, 1, 4, true, err));
+	g_assert_cmpint(sim->last_body[8], ==, 4);
+	g_assert_cmpint(sim->last_body[9], ==, 1);
+	fails(kvmi_vcpu_control_cr(vm, 1, 2, true, err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vcpu_control_cr(vm, 1, 256, true, err), KVMI_ERR_ARGUMENT);
+
+	ok(kvmi_vcpu_control_msr(vm, 1, 0xc0000082, true, err));
+	g_assert_cmpint(sim->last_body[8], ==, 1);
+	g_assert_cmphex(sim->last_body[12], ==, 0x82);
+	g_assert_cmphex(sim->last_body[15], ==, 0xc0);
+
+	ok(kvmi_vcpu_control_singlestep(vm, 2, true, err));
+	g_assert_cmpint(sim->last_body[8], ==, 1);
+	ok(kvmi_vcpu_control_singlestep(vm, 2, false, err));
+	g_assert_cmpint(sim->last_body[8], ==, 0);
+
+	ok(kvmi_vcpu_inject_exception(vm, 0, 14, 6, 0x1122334455667788, err));
+	g_assert_cmpint(sim->last_body[8], ==, 14);
+	g_assert_cmpint(sim->last_body[12], ==, 6);
+	g_assert_cmphex(sim->last_body[16], ==, 0x88);
+	g_assert_cmphex(sim->last_body[23], ==, 0x11);
+	fails(kvmi_vcpu_inject_exception(vm, 0, 2, 0, 0, err), KVMI_ERR_BUSY);
+	fails(kvmi_vcpu_inject_exception(vm, 0, 256, 0, 0, err),
+	      KVMI_ERR_ARGUMENT);
+
+	ok(kvmi_vcpu_get_cpuid(vm, 0, 1, 2, &cpuid, err));
+	g_assert_cmpint(cpuid.eax, ==, 1);
+	g_assert_cmpint(cpuid.ebx, ==, 2);
+	g_assert_cmpint(cpuid.ecx, ==, 3);
+	g_assert_cmpint(cpuid.edx, ==, 4);
+	fails(kvmi_vcpu_get_cpuid(vm, 0, 99, 0, &cpuid, err),
+	      KVMI_ERR_NOT_FOUND);
+
+	ok(kvmi_vcpu_get_xcr(vm, 0, 0, &value, err));
+	g_assert_cmpint(value, ==, 7);
+	fails(kvmi_vcpu_get_xcr(vm, 0, 1, &value, err), KVMI_ERR_ARGUMENT);
+	ok(kvmi_vcpu_get_mtrr_type(vm, 0, 0x1000, &byte, err));
+	g_assert_cmpint(byte, ==, 6);
+
+	memset(state, 0x5a, sizeof(state));
+	ok(kvmi_vcpu_set_xsave(vm, 0, state, err));
+	memset(state, 0, sizeof(state));
+	ok(kvmi_vcpu_get_xsave(vm, 0, state, err));
+	g_assert_cmphex(state[0], ==, 0x5a);
+	g_assert_cmphex(state[KVMI_XSAVE_SIZE - 1], ==, 0x5a);
+
+	ok(kvmi_vm_get_max_gfn(vm, &value, err));
+	g_assert_cmpint(value, ==, SIM_MEMORY / 4096 - 1);
+
+	/* more than fit a message; the last one of a page counts */
+	for (i = 0; i < G_N_ELEMENTS(pages); i++)
+		pages[i] = (struct kvmi_page_access){
+			.gpa = i % 16 * 4096 + 5,
+			.access = i / 16 == G_N_ELEMENTS(pages) / 16 - 1 ?
+				  KVMI_PAGE_R | KVMI_PAGE_X : 0,
+		};
+	ok(kvmi_vm_set_page_access(vm, pages, G_N_ELEMENTS(pages), err));
+	g_assert_cmpint(sim->access_messages, ==, 3);
+	for (i = 0; i < 16; i++) {
+		ok(kvmi_vm_get_page_access(vm, i * 4096, &byte, err));
+		g_assert_cmphex(byte, ==, KVMI_PAGE_R | KVMI_PAGE_X);
+	}
+	/* one that fails does not keep the others back */
+	pages[0] = (struct kvmi_page_access){ SIM_MEMORY, 7 };
+	for (i = 1; i < G_N_ELEMENTS(pages); i++)
+		pages[i].access = KVMI_PAGE_RWX;
+	fails(kvmi_vm_set_page_access(vm, pages, G_N_ELEMENTS(pages), err),
+	      KVMI_ERR_INVALID);
+	for (i = 0; i < 16; i++)
+		g_assert_cmphex(sim->access[i], ==, 0);
+	pages[7].access = 8;
+	fails(kvmi_vm_set_page_access(vm, pages, 8, err), KVMI_ERR_ARGUMENT);
+	ok(kvmi_vm_set_page_access(vm, NULL, 0, err));
+	fails(kvmi_vm_get_page_access(vm, SIM_MEMORY, &byte, err),
+	      KVMI_ERR_NOT_FOUND);
+
+	/* writes that KVM remembers */
+	ok(kvmi_vm_write_physical(vm, 0, "abc", 3, err));
+	g_assert_cmpint(sim->write_flags, ==, 0);
+	ok(kvmi_vm_write_physical_flags(vm, 0, "abc", 3, KVMI_VM_WRITE_KEEP,
+					err));
+	g_assert_cmpint(sim->write_flags, ==, KVMI_VM_WRITE_KEEP);
+	fails(kvmi_vm_write_physical_flags(vm, 0, "abc", 3, 3, err),
+	      KVMI_ERR_ARGUMENT);
+	done(sim, vm);
+
+	/* a KVM that has none of this */
+	sim = sim_new();
+	sim->old = true;
+	vm = connect_vm(sim);
+	g_assert_false(kvmi_vm_get_version(vm)->journal);
+	fails(kvmi_vm_write_physical_flags(vm, 0, "abc", 3,
+					   KVMI_VM_WRITE_JOURNAL, err),
+	      KVMI_ERR_UNKNOWN);
+	fails(kvmi_vm_get_max_gfn(vm, &value, err), KVMI_ERR_UNKNOWN);
+	fails(kvmi_vm_get_page_access(vm, 0, &byte, err), KVMI_ERR_UNKNOWN);
+	ok(kvmi_vm_write_physical(vm, 0, "abc", 3, err));
 	done(sim, vm);
 }
 
@@ -636,6 +778,142 @@ static void test_events(void)
 	done(sim, vm);
 }
 
+/* One of each kind, with padding that is not zero */
+static void script_kinds(struct sim *sim)
+{
+	struct kvmi_vcpu_event_cr cr = { 4, { 0xaa, 0xaa }, 5, 6 };
+	struct kvmi_vcpu_event_msr msr = { 0xc0000080, 0xaaaa, 7, 8 };
+	struct kvmi_vcpu_event_trap trap = { 14, 0xaa, 0xaaaa, 9, 10 };
+	struct kvmi_vcpu_event_xsetbv xsetbv = { 0, { 0xaa }, 11, 12 };
+	struct kvmi_vcpu_event_descriptor descriptor = { 2, 1, { 0xaa } };
+	struct kvmi_vcpu_event_pf pf = { 13, 14, 2, KVMI_PF_NOT_EMULATED,
+					 0xaaaa, 0xaaaa };
+	struct kvmi_vcpu_event_singlestep step = { 1, { 0xaa } };
+	uint64_t unknown[3] = { 15, 16, 17 };
+
+#define ONE(id, data) do { \
+		sim_event(sim, 1, id, &(data), sizeof(data)); \
+		if (!sim_receive(sim)) \
+			return; \
+		sim_serve_one(sim); \
+	} while (0)
+
+	if (!sim_handshake(sim) || !sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	ONE(KVMI_VCPU_EVENT_CR, cr);
+	ONE(KVMI_VCPU_EVENT_CR, cr);
+	ONE(KVMI_VCPU_EVENT_MSR, msr);
+	ONE(KVMI_VCPU_EVENT_TRAP, trap);
+	ONE(KVMI_VCPU_EVENT_XSETBV, xsetbv);
+	ONE(KVMI_VCPU_EVENT_DESCRIPTOR, descriptor);
+	ONE(KVMI_VCPU_EVENT_PF, pf);
+	pf.flags = 0;
+	ONE(KVMI_VCPU_EVENT_PF, pf);
+	ONE(KVMI_VCPU_EVENT_SINGLESTEP, step);
+	sim_event(sim, 1, KVMI_VCPU_EVENT_HYPERCALL, NULL, 0);
+	if (!sim_receive(sim))
+		return;
+	sim_serve_one(sim);
+	/* of a later version of the protocol */
+	ONE(0x1235, unknown);
+	sim_serve(sim);
+}
+
+static void test_kinds(void)
+{
+	struct kvmi_vm_event *event;
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm;
+	unsigned int count;
+	uint64_t third;
+
+	sim->script = script_kinds;
+	vm = connect_vm(sim);
+
+#define NEXT(kind) do { \
+		ok(kvmi_vm_wait_event(vm, 3000, &event, err)); \
+		g_assert_cmpint(event->id, ==, kind); \
+		g_assert_cmphex(event->state.sregs.cr3, ==, 0x1001); \
+	} while (0)
+#define DONE(action) do { \
+		ok(kvmi_vm_reply(vm, event, action, err)); \
+		kvmi_vm_event_free(event); \
+	} while (0)
+
+	/* the guest's own value, or another */
+	NEXT(KVMI_EV_CR);
+	g_assert_cmpint(event->cr.cr, ==, 4);
+	g_assert_cmpint(event->cr.old_value, ==, 5);
+	g_assert_cmpint(event->cr.new_value, ==, 6);
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err),
+	      KVMI_ERR_ARGUMENT);
+	/* what the tool does to its copy is of no account */
+	event->cr.new_value = 999;
+	DONE(KVMI_ACTION_CONTINUE);
+	NEXT(KVMI_EV_CR);
+	g_assert_cmphex(sim->last_value, ==, 6);
+	ok(kvmi_vm_reply_with_value(vm, event, KVMI_ACTION_CONTINUE, 99, err));
+	fails(kvmi_vm_reply_with_value(vm, event, KVMI_ACTION_CONTINUE, 99,
+				       err), KVMI_ERR_ANSWERED);
+	kvmi_vm_event_free(event);
+
+	NEXT(KVMI_EV_MSR);
+	g_assert_cmphex(sim->last_value, ==, 99);
+	g_assert_cmphex(event->msr.msr, ==, 0xc0000080);
+	g_assert_cmpint(event->msr.old_value, ==, 7);
+	g_assert_cmpint(event->msr.new_value, ==, 8);
+	DONE(KVMI_ACTION_CONTINUE);
+
+	NEXT(KVMI_EV_TRAP);
+	g_assert_cmphex(sim->last_value, ==, 8);
+	g_assert_cmpint(event->trap.vector, ==, 14);
+	g_assert_cmpint(event->trap.error_code, ==, 9);
+	g_assert_cmpint(event->trap.address, ==, 10);
+	fails(kvmi_vm_reply_with_value(vm, event, KVMI_ACTION_CONTINUE, 1, err),
+	      KVMI_ERR_ARGUMENT);
+	DONE(KVMI_ACTION_CONTINUE);
+
+	NEXT(KVMI_EV_XSETBV);
+	g_assert_cmpint(event->xsetbv.xcr, ==, 0);
+	g_assert_cmpint(event->xsetbv.old_value, ==, 11);
+	g_assert_cmpint(event->xsetbv.new_value, ==, 12);
+	DONE(KVMI_ACTION_CONTINUE);
+
+	NEXT(KVMI_EV_DESCRIPTOR);
+	g_assert_cmpint(event->descriptor.descriptor, ==,
+			KVMI_DESCRIPTOR_GDTR);
+	g_assert_true(event->descriptor.write);
+	DONE(KVMI_ACTION_RETRY);
+
+	NEXT(KVMI_EV_PF);
+	g_assert_cmpint(event->pf.gva, ==, 13);
+	g_assert_cmpint(event->pf.gpa, ==, 14);
+	g_assert_cmpint(event->pf.access, ==, KVMI_PAGE_W);
+	g_assert_true(event->pf.not_emulated);
+	DONE(KVMI_ACTION_RETRY);
+	NEXT(KVMI_EV_PF);
+	g_assert_false(event->pf.not_emulated);
+	DONE(KVMI_ACTION_CONTINUE);
+
+	NEXT(KVMI_EV_SINGLESTEP);
+	g_assert_true(event->singlestep.failed);
+	DONE(KVMI_ACTION_CONTINUE);
+	NEXT(KVMI_EV_HYPERCALL);
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err),
+	      KVMI_ERR_ARGUMENT);
+	DONE(KVMI_ACTION_CONTINUE);
+
+	NEXT(0x1235);
+	g_assert_cmpint(event->data_size, ==, 24);
+	memcpy(&third, event->data + 16, sizeof(third));
+	g_assert_cmpint(third, ==, 17);
+	DONE(KVMI_ACTION_CONTINUE);
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(sim->replies, ==, 11);
+	done(sim, vm);
+}
+
 static void script_unhooks(struct sim *sim)
 {
 	if (!sim_handshake(sim) || !sim_receive(sim))
@@ -769,11 +1047,28 @@ static void script_hostile(struct sim *sim)
 			   sizeof(many));
 		break;
 	}
+	default: {	/* data that is too short for the event */
+		static const struct {
+			unsigned int id;
+			size_t size;
+		} cuts[] = {
+			{ KVMI_VCPU_EVENT_CR, 23 },
+			{ KVMI_VCPU_EVENT_MSR, 23 },
+			{ KVMI_VCPU_EVENT_TRAP, 15 },
+			{ KVMI_VCPU_EVENT_XSETBV, 23 },
+			{ KVMI_VCPU_EVENT_DESCRIPTOR, 7 },
+			{ KVMI_VCPU_EVENT_PF, 23 },
+			{ KVMI_VCPU_EVENT_SINGLESTEP, 7 },
+		};
+
+		sim_event(sim, 0, cuts[hostile - 19].id, body + 600,
+			  cuts[hostile - 19].size);
+	}
 	}
 	sim_receive(sim);
 }
 
-#define HOSTILE 19
+#define HOSTILE 26
 
 static void test_hostile(void)
 {
@@ -1012,6 +1307,46 @@ static void test_deaf(void)
  * Listening
  */
 
+/* vsock has a loopback where the module is there */
+static void test_vsock(void)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_LOCAL,
+	};
+	struct kvmi_listener *listener = NULL;
+	struct sim *sim;
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+	unsigned int port;
+	int fd;
+
+	g_assert_null(kvmi_listener_new_vsock(0, &err));
+	g_assert_cmpint(err.status, ==, KVMI_ERR_ARGUMENT);
+	for (port = 51000; !listener && port < 51010; port++)
+		listener = kvmi_listener_new_vsock(port, &err);
+	if (!listener) {
+		g_assert_cmpint(err.status, ==, KVMI_ERR_SYSTEM);
+		g_test_skip(err.message);
+		return;
+	}
+	fails(kvmi_listener_accept(listener, &vm, err), KVMI_ERR_NOTHING);
+	address.svm_port = port - 1;
+	fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		g_test_skip("vsock has no loopback here");
+		close(fd);
+		kvmi_listener_free(listener);
+		return;
+	}
+	sim = sim_new();
+	sim_run(sim, fd);
+	ok(kvmi_listener_accept(listener, &vm, err));
+	ok(kvmi_vm_connect(vm, 0, 0, err));
+	check_hello(vm);
+	kvmi_listener_free(listener);
+	done(sim, vm);
+}
+
 static void test_listener(void)
 {
 	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
@@ -1123,6 +1458,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/good", test_handshake);
 	g_test_add_func("/lib/handshake/pieces", test_handshake_in_pieces);
 	g_test_add_func("/lib/handshake/key", test_handshake_key);
+	g_test_add_func("/lib/handshake/late-key", test_handshake_late_key);
 	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
 	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);
 	g_test_add_func("/lib/handshake/cut", test_handshake_cut);
@@ -1130,10 +1466,12 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/old-protocol", test_old_protocol);
 	g_test_add_func("/lib/handshake/allowed", test_allowed);
 	g_test_add_func("/lib/commands", test_commands);
+	g_test_add_func("/lib/more-commands", test_more_commands);
 	g_test_add_func("/lib/memory", test_memory);
 	g_test_add_func("/lib/many", test_many);
 	g_test_add_func("/lib/many-cut", test_many_cut);
 	g_test_add_func("/lib/events", test_events);
+	g_test_add_func("/lib/kinds", test_kinds);
 	g_test_add_func("/lib/unhook-and-end", test_unhook_and_end);
 	g_test_add_func("/lib/hostile/messages", test_hostile);
 	g_test_add_func("/lib/hostile/registers", test_bad_registers);
@@ -1143,6 +1481,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/timeout", test_timeout);
 	g_test_add_func("/lib/limit", test_limit);
 	g_test_add_func("/lib/deaf", test_deaf);
+	g_test_add_func("/lib/vsock", test_vsock);
 	g_test_add_func("/lib/listener", test_listener);
 
 	return g_test_run();

@@ -44,9 +44,18 @@
  * Buffers given to a function are not used any more once it has returned.
  *
  * THREADS.  The library has no threads, no global state, installs no signal
- * handlers and never raises SIGPIPE.  Different handles can be used by
- * different threads at once; one handle by one thread at a time.  An event
- * does not depend on the handle it came from, except to be answered.
+ * handlers and never raises SIGPIPE.  Any function can be called by any number
+ * of threads at once, on the same handle, too, with these exceptions:
+ *  - kvmi_vm_connect() comes before all else (but kvmi_vm_shutdown()), and
+ *    what kvmi_vm_get_hello() and kvmi_vm_get_version() point to is written by
+ *    it;
+ *  - xxx_free(), xxx_close(): nobody may be using the handle any more.  To get
+ *    others out of it, call kvmi_vm_shutdown() and wait for them.
+ *  - an event, and any other structure that belongs to the caller, is the
+ *    caller's to protect.
+ * An event can be answered by another thread than the one that received it.
+ * While one thread waits, others are not held up.  Threads that wait for
+ * events each get events of their own.
  *
  * The peer is not trusted: all it sends is checked, and what it can make the
  * library store is bounded.  Events are stored at most one for each vCPU
@@ -89,6 +98,7 @@ enum kvmi_status {
 	KVMI_ERR_NOT_SUPPORTED = 38,
 	KVMI_ERR_UNKNOWN = 39,		/* this KVM has no such command */
 	KVMI_ERR_KVM = 40,		/* any other */
+	KVMI_ERR_TOO_MUCH = 41,		/* more than KVM remembers */
 };
 
 struct kvmi_error {
@@ -130,6 +140,8 @@ enum kvmi_command {
 	KVMI_CMD_VCPU_CONTROL_MSR = 25,
 	KVMI_CMD_VCPU_CONTROL_SINGLESTEP = 27,
 	KVMI_CMD_VCPU_TRANSLATE_GVA = 29,
+	KVMI_CMD_VCPU_SET_SREGS = 31,
+	KVMI_CMD_VCPU_SET_MSRS = 33,
 };
 
 enum kvmi_event_id {
@@ -170,6 +182,13 @@ struct kvmi_listener *kvmi_listener_new_unix(const char *path, unsigned int mode
 					     struct kvmi_error *err);
 
 /*
+ * Listens on a port of vsock, for VMs whose QEMU runs inside of a VM; port > 0.
+ * Returns NULL on failure.
+ */
+struct kvmi_listener *kvmi_listener_new_vsock(unsigned int port,
+					      struct kvmi_error *err);
+
+/*
  * The secret that QEMU's key= property names.  The answer to every later
  * handshake has its SHA-1 hash, as QEMU's older handshake wants it.
  * size 0: no secret (as at first).
@@ -207,12 +226,33 @@ struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
 /* Closes the connection; KVM stops sending events and lets all vCPUs go on. */
 void kvmi_vm_close(struct kvmi_vm *vm);
 
+/*
+ * Ends the connection, but not the handle: whoever waits in a call of it, in
+ * any thread, gets KVMI_ERR_CLOSED, and so do all later calls.  Answers that
+ * have not been sent are lost: see kvmi_vm_flush().
+ */
+void kvmi_vm_shutdown(struct kvmi_vm *vm);
+
 /* ms > 0: how long a call may wait without any progress */
 enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
 				     struct kvmi_error *err);
 
 /*
- * Waits for the handshake, checks the version of the protocol, then waits
+ * Optional, before kvmi_vm_connect(): waits for what QEMU says of the VM (see
+ * kvmi_vm_get_hello()), and does not answer it yet.  For who wants to choose
+ * the key by the VM's name.
+ */
+enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err);
+
+/* The SHA-1 hash of the key, in place of the listener's */
+#define KVMI_KEY_HASH_SIZE 20
+
+enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
+				      const uint8_t hash[KVMI_KEY_HASH_SIZE],
+				      struct kvmi_error *err);
+
+/*
+ * Waits for the handshake and answers it, checks the version of the protocol, then waits
  * until all of the given commands and events are allowed: QEMU allows them
  * only after the handshake.  Both are sets of KVMI_SET(id).
  * KVMI_ERR_NOT_ALLOWED names the first that is still not allowed at the end
@@ -233,10 +273,14 @@ struct kvmi_vm_hello {
 struct kvmi_vm_version {
 	uint32_t version;
 	uint32_t max_message;	/* in bytes, without the header */
-	bool singlestep;
+	bool singlestep;	/* kvmi_vcpu_control_singlestep() */
+	bool get_page_access;	/* kvmi_vm_get_page_access() */
+	bool get_max_gfn;	/* kvmi_vm_get_max_gfn() */
+	bool journal;		/* KVM takes INT3s that were left behind out of
+				   the guest; KVMI_VM_WRITE_* */
 };
 
-/* Both are zero before kvmi_vm_connect().  They live as long as vm. */
+/* Both are zero before kvmi_vm_connect() (or kvmi_vm_wait_hello()).  They live as long as vm. */
 const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm);
 const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm);
 
@@ -246,7 +290,8 @@ const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm);
 
 enum kvmi_action {
 	KVMI_ACTION_CONTINUE = 0, /* as if the event had not been asked for */
-	KVMI_ACTION_RETRY = 1,	/* run again from RIP (breakpoints) */
+	KVMI_ACTION_RETRY = 1,	/* not what the event was about: run on from
+				   RIP; BREAKPOINT, PF and DESCRIPTOR only */
 	KVMI_ACTION_CRASH = 2,	/* stop the VM */
 };
 
@@ -271,20 +316,91 @@ struct kvmi_event_msrs {
 	uint64_t shadow_gs;
 };
 
+/* What comes with each kind of event; there is nothing for the others. */
+
+struct kvmi_ev_breakpoint {
+	uint64_t gpa;		/* of the INT3; all ones: not known */
+	uint8_t insn_len;
+};
+
+/* The guest is about to write new_value to CR0, CR3 or CR4 */
+struct kvmi_ev_cr {
+	uint8_t cr;
+	uint64_t old_value;
+	uint64_t new_value;
+};
+
+/* The guest is about to write new_value to the MSR */
+struct kvmi_ev_msr {
+	uint32_t msr;
+	uint64_t old_value;	/* 0 if it cannot be read */
+	uint64_t new_value;
+};
+
+/* An exception is about to be delivered: the injected one, or another */
+struct kvmi_ev_trap {
+	uint8_t vector;
+	uint32_t error_code;
+	uint64_t address;	/* CR2 */
+};
+
+/* The guest has changed XCR0 */
+struct kvmi_ev_xsetbv {
+	uint8_t xcr;		/* 0 */
+	uint64_t old_value;
+	uint64_t new_value;
+};
+
+/* The guest is about to load or store the register of a descriptor table */
+enum kvmi_descriptor {
+	KVMI_DESCRIPTOR_IDTR = 1,
+	KVMI_DESCRIPTOR_GDTR = 2,
+	KVMI_DESCRIPTOR_LDTR = 3,
+	KVMI_DESCRIPTOR_TR = 4,
+};
+
+struct kvmi_ev_descriptor {
+	uint8_t descriptor;	/* KVMI_DESCRIPTOR_* */
+	bool write;		/* it is loaded */
+};
+
+/*
+ * The guest is about to do what kvmi_vm_set_page_access() took off it.
+ * CONTINUE lets this access pass, RETRY runs the instruction again: free the
+ * page before, or move RIP.
+ * not_emulated: KVM cannot do this one access in the guest's place, so that
+ * CONTINUE takes the restriction off the page for good.
+ */
+struct kvmi_ev_pf {
+	uint64_t gva;		/* all ones: not known */
+	uint64_t gpa;
+	uint8_t access;		/* one of KVMI_PAGE_* */
+	bool not_emulated;
+};
+
+struct kvmi_ev_singlestep {
+	bool failed;		/* no step was made */
+};
+
 /* Only the library makes these: later versions may append fields. */
 struct kvmi_vm_event {
 	enum kvmi_event_id id;
 	uint32_t seq;
 	uint16_t vcpu;		/* the rest is 0 in KVMI_EV_UNHOOK */
-	uint16_t data_size;	/* bytes used in the union */
+	uint16_t data_size;	/* of the data as it came, in bytes */
 	struct kvmi_registers state;
 	struct kvmi_event_msrs msrs;
 	union {
-		struct {
-			uint64_t gpa;	/* all ones: not known */
-			uint8_t insn_len;
-		} breakpoint;
-		uint8_t data[64];	/* of other events: as on the wire */
+		struct kvmi_ev_breakpoint breakpoint;
+		struct kvmi_ev_cr cr;
+		struct kvmi_ev_msr msr;
+		struct kvmi_ev_trap trap;
+		struct kvmi_ev_xsetbv xsetbv;
+		struct kvmi_ev_descriptor descriptor;
+		struct kvmi_ev_pf pf;
+		struct kvmi_ev_singlestep singlestep;
+		uint8_t data[64];	/* of events without a type here: as on
+					   the wire */
 	};
 };
 
@@ -303,6 +419,14 @@ short kvmi_vm_poll_events(const struct kvmi_vm *vm);
  */
 enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err);
 
+/*
+ * Sends what could not be sent at once, if there is such: answers to events,
+ * when KVM is slow to read.  kvmi_vm_process() does it by and by; this is for
+ * answers from another thread than the one that polls.  kvmi_vm_close() does it
+ * as well.
+ */
+enum kvmi_status kvmi_vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
+
 /* The oldest event, or NULL.  Neither receives nor waits. */
 struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm);
 
@@ -318,12 +442,22 @@ void kvmi_vm_event_free(struct kvmi_vm_event *event);
 
 /*
  * Answers an event, which its vCPU is waiting for; in any order, once.
- * UNHOOK has no answer.  Not for CR and MSR, whose answers have data.
+ * UNHOOK has no answer.  CR and MSR: the guest's own new value is written.
  * Does not wait for KVM.
  */
 enum kvmi_status kvmi_vm_reply(struct kvmi_vm *vm,
 			       const struct kvmi_vm_event *event,
 			       enum kvmi_action action, struct kvmi_error *err);
+
+/*
+ * The same for CR and MSR, with the value that is to be written; old_value of
+ * the event refuses the write.  The guest gets a #GP for a value that cannot be.
+ */
+enum kvmi_status kvmi_vm_reply_with_value(struct kvmi_vm *vm,
+					  const struct kvmi_vm_event *event,
+					  enum kvmi_action action,
+					  uint64_t value,
+					  struct kvmi_error *err);
 
 /*
  * kvmi_vcpu_set_registers() and kvmi_vm_reply() in one go: the vCPU runs on
@@ -365,6 +499,24 @@ enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
 					struct kvmi_error *err);
 
 /*
+ * The same, and what KVM is to do with it when the connection ends, by whatever
+ * way.  flags is one of
+ *   0				take out INT3s that are still there
+ *   KVMI_VM_WRITE_JOURNAL	put back all bytes that have not changed since
+ *   KVMI_VM_WRITE_KEEP		leave all as it is, INT3s too
+ * KVM remembers 65536 bytes of a VM, KVMI_ERR_TOO_MUCH says that there is no
+ * place left and that nothing was written.  KVMI_ERR_UNKNOWN if flags are not
+ * 0 and KVM has no journal (see kvmi_vm_version).
+ */
+#define KVMI_VM_WRITE_JOURNAL 1
+#define KVMI_VM_WRITE_KEEP 2
+
+enum kvmi_status kvmi_vm_write_physical_flags(struct kvmi_vm *vm, uint64_t gpa,
+					      const void *data, size_t size,
+					      unsigned int flags,
+					      struct kvmi_error *err);
+
+/*
  * Many at a time: a good number is on its way at once, in the given order.
  * Each op gets its status; all are tried unless the connection fails, and
  * those that were not tried then hold that failure.
@@ -383,6 +535,45 @@ enum kvmi_status kvmi_vm_read_many(struct kvmi_vm *vm,
 enum kvmi_status kvmi_vm_write_many(struct kvmi_vm *vm,
 				    struct kvmi_memory_op *ops, size_t count,
 				    struct kvmi_error *err);
+/* flags as for kvmi_vm_write_physical_flags() */
+enum kvmi_status kvmi_vm_write_many_flags(struct kvmi_vm *vm,
+					  struct kvmi_memory_op *ops,
+					  size_t count, unsigned int flags,
+					  struct kvmi_error *err);
+
+/*
+ * What the guest may do with a page of 4096 bytes without notice; anything else
+ * gives a KVMI_EV_PF.  KVMI_PAGE_RWX frees the page.
+ */
+#define KVMI_PAGE_R 1
+#define KVMI_PAGE_W 2
+#define KVMI_PAGE_X 4
+#define KVMI_PAGE_RWX 7
+
+struct kvmi_page_access {
+	uint64_t gpa;		/* of any byte in the page */
+	uint8_t access;		/* KVMI_PAGE_* */
+};
+
+/*
+ * Any number of pages.  All are tried unless the connection fails; returns the
+ * first failure (KVMI_ERR_INVALID: no memory there), and does not tell which
+ * page it was about.  All restrictions end with the connection.
+ */
+enum kvmi_status kvmi_vm_set_page_access(struct kvmi_vm *vm,
+					 const struct kvmi_page_access *pages,
+					 size_t count, struct kvmi_error *err);
+/* KVMI_ERR_UNKNOWN: this KVM cannot tell (see kvmi_vm_version) */
+enum kvmi_status kvmi_vm_get_page_access(struct kvmi_vm *vm, uint64_t gpa,
+					 uint8_t *access,
+					 struct kvmi_error *err);
+
+/*
+ * The number of the last page of 4096 bytes that is memory.
+ * KVMI_ERR_UNKNOWN: this KVM cannot tell (see kvmi_vm_version)
+ */
+enum kvmi_status kvmi_vm_get_max_gfn(struct kvmi_vm *vm, uint64_t *gfn,
+				     struct kvmi_error *err);
 
 /*
  * Asks a vCPU to send one KVMI_EV_PAUSE, which holds it until it is answered.
@@ -415,12 +606,111 @@ enum kvmi_status kvmi_vcpu_get_tsc_speed(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t *hz, struct kvmi_error *err);
 
 /*
- * KVMI_EV_BREAKPOINT: KVMI_ERR_BUSY if it is already so, or if a debugger uses
- * QEMU's gdb stub.
+ * All events but UNHOOK, PAUSE, TRAP and (see kvmi_vcpu_control_singlestep())
+ * SINGLESTEP have to be enabled; doing so twice is no error.
+ * KVMI_ERR_BUSY: BREAKPOINT, and a debugger uses QEMU's gdb stub.
+ * KVMI_ERR_NOT_SUPPORTED: DESCRIPTOR, and the CPU can't.
  */
 enum kvmi_status kvmi_vcpu_control_events(struct kvmi_vm *vm, unsigned int vcpu,
 					  unsigned int id, bool enable,
 					  struct kvmi_error *err);
+
+/*
+ * Whether writes of CR0, CR3 or CR4 (cr: 0, 3, 4) give KVMI_EV_CR.  That event
+ * must be enabled as well.
+ */
+enum kvmi_status kvmi_vcpu_control_cr(struct kvmi_vm *vm, unsigned int vcpu,
+				      unsigned int cr, bool enable,
+				      struct kvmi_error *err);
+
+/*
+ * Whether writes of an MSR give KVMI_EV_MSR.  That event must be enabled as
+ * well.  KVMI_ERR_INVALID: KVM intercepts 0...0x1fff and 0xc0000000...
+ * 0xc0001fff only.  KVMI_ERR_NOT_ALLOWED can also mean that QEMU denies the
+ * guest this MSR.
+ */
+enum kvmi_status kvmi_vcpu_control_msr(struct kvmi_vm *vm, unsigned int vcpu,
+				       uint32_t msr, bool enable,
+				       struct kvmi_error *err);
+
+/*
+ * One KVMI_EV_SINGLESTEP after each instruction.  Interrupts are held back
+ * meanwhile.  KVMI_ERR_NOT_SUPPORTED: the CPU can't (see kvmi_vm_version);
+ * KVMI_ERR_BUSY: a debugger does it already.
+ */
+enum kvmi_status kvmi_vcpu_control_singlestep(struct kvmi_vm *vm,
+					      unsigned int vcpu, bool enable,
+					      struct kvmi_error *err);
+
+/*
+ * Delivers an exception in place of the instruction at RIP.  A KVMI_EV_TRAP
+ * follows, which says what was delivered: something else may have been on its
+ * way.  address: CR2, for vector 14.  error_code counts for vectors that have
+ * one.  KVMI_ERR_BUSY: the TRAP of an earlier one has not been sent yet, the
+ * vCPU is single-stepped, or runs a guest of the guest.
+ */
+enum kvmi_status kvmi_vcpu_inject_exception(struct kvmi_vm *vm,
+					    unsigned int vcpu,
+					    unsigned int vector,
+					    uint32_t error_code,
+					    uint64_t address,
+					    struct kvmi_error *err);
+
+/* What CPUID tells the guest; KVMI_ERR_NOT_FOUND: no such leaf */
+struct kvmi_cpuid {
+	uint32_t eax;
+	uint32_t ebx;
+	uint32_t ecx;
+	uint32_t edx;
+};
+
+enum kvmi_status kvmi_vcpu_get_cpuid(struct kvmi_vm *vm, unsigned int vcpu,
+				     uint32_t function, uint32_t index,
+				     struct kvmi_cpuid *cpuid,
+				     struct kvmi_error *err);
+
+/* XCR0 (xcr 0) is the only one there is */
+enum kvmi_status kvmi_vcpu_get_xcr(struct kvmi_vm *vm, unsigned int vcpu,
+				   unsigned int xcr, uint64_t *value,
+				   struct kvmi_error *err);
+
+/*
+ * The state of FPU, SSE, AVX..., as KVM_GET_XSAVE has it: always
+ * KVMI_XSAVE_SIZE bytes.  Setting works at once, or fails and changes nothing.
+ * KVMI_ERR_NOT_SUPPORTED: the guest's is larger than that, or encrypted.
+ */
+#define KVMI_XSAVE_SIZE 4096
+
+enum kvmi_status kvmi_vcpu_get_xsave(struct kvmi_vm *vm, unsigned int vcpu,
+				     void *xsave, struct kvmi_error *err);
+enum kvmi_status kvmi_vcpu_set_xsave(struct kvmi_vm *vm, unsigned int vcpu,
+				     const void *xsave, struct kvmi_error *err);
+
+/*
+ * Writes CR0, CR2, CR3, CR4, CR8, the segments and descriptor tables, at once,
+ * whether an event is open or not; no event comes of it.  efer, apic_base and
+ * interrupt_bitmap must be what the vCPU has.
+ * KVMI_ERR_INVALID: they aren't, or the guest itself could not load these
+ * values; nothing has changed.  KVMI_ERR_BUSY: a nested guest runs.
+ */
+enum kvmi_status kvmi_vcpu_set_sregs(struct kvmi_vm *vm, unsigned int vcpu,
+				     const struct kvm_sregs *sregs,
+				     struct kvmi_error *err);
+
+/*
+ * Writes MSRs in turn, each as the guest's WRMSR would, but without an event.
+ * KVMI_ERR_INVALID: the guest could not write one of them; done (may be NULL)
+ * says how many before it have been written.  At most KVMI_MSRS_MAX.
+ */
+enum kvmi_status kvmi_vcpu_set_msrs(struct kvmi_vm *vm, unsigned int vcpu,
+				    const uint32_t *msrs,
+				    const uint64_t *values, size_t count,
+				    size_t *done, struct kvmi_error *err);
+
+/* How the guest's MTRRs have memory cached: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB */
+enum kvmi_status kvmi_vcpu_get_mtrr_type(struct kvmi_vm *vm, unsigned int vcpu,
+					 uint64_t gpa, uint8_t *type,
+					 struct kvmi_error *err);
 
 /*
  * msrs holds the numbers of count MSRs, values gets theirs; count at most

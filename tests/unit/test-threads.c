@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* One handle, many threads.  Also built with -fsanitize=thread. */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include <glib.h>
+
+#include <kvmi/kvmi.h>
+
+#include "sim.h"
+
+#define WORKERS 4
+#define ROUNDS 300
+
+/* GLib's would do, but the sanitizer does not see into it */
+struct queue {
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	struct kvmi_vm_event *events[8];
+	unsigned int count;
+	bool end;
+};
+
+struct work {
+	struct kvmi_vm *vm;
+	unsigned int number;
+	struct queue *queue;
+};
+
+static atomic_uint answered;
+
+static void queue_init(struct queue *queue)
+{
+	memset(queue, 0, sizeof(*queue));
+	pthread_mutex_init(&queue->lock, NULL);
+	pthread_cond_init(&queue->changed, NULL);
+}
+
+static void queue_push(struct queue *queue, struct kvmi_vm_event *event)
+{
+	pthread_mutex_lock(&queue->lock);
+	if (event)
+		queue->events[queue->count++] = event;
+	else
+		queue->end = true;
+	pthread_cond_broadcast(&queue->changed);
+	pthread_mutex_unlock(&queue->lock);
+}
+
+static struct kvmi_vm_event *queue_pop(struct queue *queue)
+{
+	struct kvmi_vm_event *event = NULL;
+
+	pthread_mutex_lock(&queue->lock);
+	while (!queue->count && !queue->end)
+		pthread_cond_wait(&queue->changed, &queue->lock);
+	if (queue->count)
+		event = queue->events[--queue->count];
+	pthread_mutex_unlock(&queue->lock);
+
+	return event;
+}
+
+static struct kvmi_vm *connect_vm(struct sim *sim)
+{
+	struct kvmi_vm *vm;
+
+	sim_start(sim, sim->script);
+	vm = kvmi_vm_new(sim->client_fd, NULL, 0, NULL);
+	g_assert_nonnull(vm);
+	kvmi_vm_set_timeout(vm, 20000, NULL);
+	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, NULL), ==, KVMI_OK);
+
+	return vm;
+}
+
+/* Each thread has a page of its own, and sees nobody else's answers */
+static void *read_and_write(void *context)
+{
+	struct work *work = context;
+	uint64_t page = (work->number + 1) * 4096;
+	uint8_t out[4096], in[4096];
+	struct kvmi_registers state;
+	struct kvmi_error err;
+	unsigned int i;
+
+	for (i = 0; i < ROUNDS; i++) {
+		memset(out, i + work->number, sizeof(out));
+		g_assert_cmpint(kvmi_vm_write_physical(work->vm, page, out,
+						       sizeof(out), &err),
+				==, KVMI_OK);
+		g_assert_cmpint(kvmi_vm_read_physical(work->vm, page, in,
+						      sizeof(in), &err),
+				==, KVMI_OK);
+		g_assert_cmpmem(in, sizeof(in), out, sizeof(out));
+		g_assert_cmpint(kvmi_vcpu_get_registers(work->vm,
+							work->number % 3,
+							&state, NULL, NULL, 0,
+							&err), ==, KVMI_OK);
+		g_assert_cmphex(state.sregs.cr3, ==, 0x1000 + work->number % 3);
+	}
+
+	return NULL;
+}
+
+/* Waits in the library until the end */
+static void *take_events(void *context)
+{
+	struct work *work = context;
+	struct kvmi_vm_event *event;
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	while ((status = kvmi_vm_wait_event(work->vm, 20000, &event, &err)) ==
+	       KVMI_OK)
+		queue_push(work->queue, event);
+	g_assert_cmpstr(kvmi_status_name(status), ==, "closed");
+
+	return NULL;
+}
+
+/* Others answer what it takes */
+static void *answer_events(void *context)
+{
+	struct work *work = context;
+	struct kvmi_vm_event *event;
+	struct kvmi_error err;
+
+	while ((event = queue_pop(work->queue))) {
+		struct kvm_regs regs = event->state.regs;
+
+		regs.rax++;
+		g_assert_cmpint(work->number % 2 ?
+				kvmi_vm_reply(work->vm, event,
+					      KVMI_ACTION_CONTINUE, &err) :
+				kvmi_vm_reply_with_registers(work->vm, event,
+							     KVMI_ACTION_CONTINUE,
+							     &regs, &err),
+				==, KVMI_OK);
+		kvmi_vm_event_free(event);
+		atomic_fetch_add(&answered, 1);
+	}
+
+	return NULL;
+}
+
+/* Takes without waiting what the others take by waiting */
+static void *peek(void *context)
+{
+	struct work *work = context;
+	struct kvmi_vm_event *event;
+	unsigned int i;
+
+	for (i = 0; i < ROUNDS; i++) {
+		event = kvmi_vm_next_event(work->vm);
+		if (event)
+			queue_push(work->queue, event);
+		kvmi_vm_poll_events(work->vm);
+		kvmi_vm_set_timeout(work->vm, 20000, NULL);
+		g_usleep(50);
+	}
+
+	return NULL;
+}
+
+static void test_all_at_once(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct queue queue;
+	GThread *workers[WORKERS], *takers[2], *answerers[2], *peeker;
+	struct work work[WORKERS + 4];
+	struct kvmi_error err;
+	unsigned int i;
+
+	queue_init(&queue);
+	for (i = 0; i < G_N_ELEMENTS(work); i++)
+		work[i] = (struct work){ .vm = vm, .number = i, .queue = &queue };
+	for (i = 0; i < WORKERS; i++)
+		workers[i] = g_thread_new("work", read_and_write, &work[i]);
+	for (i = 0; i < 2; i++) {
+		takers[i] = g_thread_new("take", take_events,
+					 &work[WORKERS + i]);
+		answerers[i] = g_thread_new("answer", answer_events,
+					    &work[WORKERS + 2 + i]);
+	}
+	peeker = g_thread_new("peek", peek, &work[0]);
+	for (i = 0; i < ROUNDS; i++) {
+		/* the same vCPU not before it has been answered */
+		while (kvmi_vm_pause_vcpu(vm, i % 3, true, &err) != KVMI_OK)
+			;
+		while (atomic_load(&answered) <= i)
+			g_usleep(100);
+	}
+	for (i = 0; i < WORKERS; i++)
+		g_thread_join(workers[i]);
+	g_thread_join(peeker);
+	queue_push(&queue, NULL);
+	for (i = 0; i < 2; i++)
+		g_thread_join(answerers[i]);
+	g_assert_cmpint(atomic_load(&answered), ==, ROUNDS);
+
+	/* gets the others out of it */
+	kvmi_vm_shutdown(vm);
+	for (i = 0; i < 2; i++)
+		g_thread_join(takers[i]);
+	g_assert_cmpint(kvmi_vm_check_event(vm, 1, &err), ==, KVMI_ERR_CLOSED);
+	kvmi_vm_close(vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
+/* A thread that waits for events does not hold up one with a command */
+static void test_not_held_up(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct queue queue;
+	struct work work = { .vm = vm, .queue = &queue };
+	int64_t start = g_get_monotonic_time();
+	struct kvmi_error err;
+	GThread *taker;
+	unsigned int i;
+
+	queue_init(&queue);
+	taker = g_thread_new("take", take_events, &work);
+
+	for (i = 0; i < 100; i++)
+		g_assert_cmpint(kvmi_vm_check_event(vm, 1, &err), ==, KVMI_OK);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 10 * G_USEC_PER_SEC);
+	/* events that come with an answer wake the one that waits for them */
+	g_assert_cmpint(kvmi_vm_pause_vcpu(vm, 1, true, &err), ==, KVMI_OK);
+	kvmi_vm_event_free(queue_pop(&queue));
+	kvmi_vm_shutdown(vm);
+	g_thread_join(taker);
+	kvmi_vm_close(vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
+/* One that gives up waiting leaves the polling to another */
+static void script_slow(struct sim *sim)
+{
+	if (!sim_handshake(sim))
+		return;
+	while (sim_receive(sim)) {
+		if (sim->last.id == KVMI_VM_GET_INFO)
+			g_usleep(500000);
+		sim_serve_one(sim);
+	}
+}
+
+static void *count_vcpus(void *context)
+{
+	struct work *work = context;
+	unsigned int count;
+
+	/* the other polls by now */
+	g_usleep(50000);
+	g_assert_cmpint(kvmi_vm_get_vcpu_count(work->vm, &count, NULL), ==,
+			KVMI_OK);
+
+	return NULL;
+}
+
+static void test_poller_leaves(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	int64_t start = g_get_monotonic_time();
+	struct kvmi_vm_event *event;
+	struct work work = { 0 };
+	GThread *waiter;
+
+	sim->script = script_slow;
+	work.vm = connect_vm(sim);
+	waiter = g_thread_new("wait", count_vcpus, &work);
+	g_assert_null(kvmi_vm_next_event(work.vm));
+	g_assert_cmpint(kvmi_vm_wait_event(work.vm, 200, &event, NULL), ==,
+			KVMI_ERR_NOTHING);
+	g_thread_join(waiter);
+	/* 20 s is its own timeout */
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 10 * G_USEC_PER_SEC);
+	kvmi_vm_close(work.vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
+int main(int argc, char **argv)
+{
+	g_test_init(&argc, &argv, NULL);
+	g_test_add_func("/threads/all-at-once", test_all_at_once);
+	g_test_add_func("/threads/poller-leaves", test_poller_leaves);
+	g_test_add_func("/threads/not-held-up", test_not_held_up);
+
+	return g_test_run();
+}
