@@ -22,7 +22,7 @@ typedef struct StopTransition {
     const char *name;
     StopPolicy policy;
     bool holds;             /* keeps the gate closed until stop_gate_leave() */
-    bool user;              /* the user wants a pause, and cont is the contrary */
+    bool user;              /* the user wants a pause: cont is the contrary */
     uint32_t moot_by;       /* actions that make it pointless */
 } StopTransition;
 
@@ -197,9 +197,7 @@ bool stop_gate_enter(StopWaiter *waiter, StopAction action)
     }
 
     QLIST_FOREACH_SAFE(guard, &guards, next, next) {
-        if (!guard->busy) {
-            guard->busy = guard->announce(guard, action);
-        }
+        guard->busy = guard->announce(guard, action);
     }
     if (!anybody_busy()) {
         return true;
@@ -253,8 +251,12 @@ void stop_gate_cut(StopAction action)
 
 void stop_gate_cancel(void)
 {
+    StopGuard *guard;
     StopWaiter *waiter;
 
+    QLIST_FOREACH(guard, &guards, next) {
+        guard->cont(guard);
+    }
     QTAILQ_FOREACH(waiter, &waiters, next) {
         if (transitions[waiter->action].user) {
             cancel(waiter);

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -195,6 +196,7 @@ def combine(g, way_class, tools, options=None):
                 tool.during(mark)
             pulse.until(way.done, 60, f"{way.name} to end, with a tool that is {tool.name}")
             took = time.monotonic() - begin
+            pulse.beat()        # and with it, what QMP had to tell so far
             ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"]
             if tool.outcome is None:
                 assert not ends, ends
@@ -616,7 +618,7 @@ def gate_snapshot_save_cancelled(g):
         wait_state(g, "hooked", mark)
         kinds = [e["event"] for e in g.qmp.events[mark:]]
         assert "STOP" not in kinds, kinds
-        assert "snap" not in g.qmp.execute("human-monitor-command", command_line="info snapshots")
+        assert "no snapshot" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
 
 
 @scenario(timeout=200)
@@ -852,10 +854,9 @@ class Suspend(Way):
         self.g.qmp.execute("system_wakeup")
 
 
-@scenario(timeout=240, fresh=True)
+@scenario(timeout=400, machine="q35")
 def gate_suspend(g):
     """The guest suspends to RAM: it waits for the tool as for slow hardware; after it woke up the tool is let in again."""
-    g.start(machine="q35")
     combine(g, Suspend, (NoTool, *FEW))
     with Hung(g) as tool:
         # Paused during the wait, it is suspended when it is resumed
@@ -870,6 +871,102 @@ def gate_suspend(g):
         g.qmp.execute("system_wakeup")
         g.wait_alive()
     g.spoilt = True
+
+
+# --- by command, and QEMU's other options -----------------------------------------------------------------------------
+
+
+@scenario()
+def gate_kvmi_unhook(g):
+    """kvmi-unhook empties a running guest until kvmi-hook or cont, and cuts a wait short, out of band; info kvmi tells."""
+    before = code(g)
+    with Prompt(g) as tool:
+        for back in ("kvmi-hook", "cont"):
+            mark, tool_mark = g.qmp.mark(), tool.watch.mark()
+            g.qmp.execute("kvmi-unhook")
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            assert (end["action"], end["outcome"], end["restored"]) == ("unhook", "clean", 0), end
+            tool.watch.event("closed", since=tool_mark)
+            assert g.qmp.execute("query-status")["running"] and info(g)["detached"]
+            same_memory(before, code(g), "running, unhooked by command")
+            g.wait_alive()
+            assert info(g)["state"] == "unhooked", info(g)
+            assert "kept away" in g.qmp.execute("human-monitor-command", command_line="info kvmi")
+            g.qmp.execute(back)
+            tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
+            record(f"kvmi-unhook, {back}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", "–", "–")
+        # A wait that is cut short
+        tool.watch.signal(signal.SIGSTOP)
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=60000)
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        tool.unhooking(mark)
+        g.qmp.execute("kvmi-unhook", oob=True)
+        g.qmp.result(number, 5, "the answer to a stop that was cut short")
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        assert (end["action"], end["outcome"], end["reason"]) == ("stop", "forced", "unhook"), end
+        # KVM has put back what the tool could not
+        assert end["restored"] == len(HOT), end
+        same_memory(before, code(g), "stopped, the wait cut short")
+        text = g.qmp.execute("human-monitor-command", command_line="info kvmi")
+        assert "forced by stop" in text and f"{len(HOT)} bytes restored" in text, text
+        print(text)
+        cont(g)
+
+
+@scenario(timeout=300, guest=False)
+def gate_started_otherwise(_):
+    """-daemonize, -run-with user=, -S, and the object's old name with its old spellings, all at once."""
+    g = Guest().start(kvmi=False, alive=False, extra=(
+        "-daemonize", "-S", "-run-with", "user=nobody", "-object", "secret,id=cookie,data=open sesame", "-object",
+        "introspection,id=kvmi0,chardev=tool,key=cookie,handshake_timeout=7,unhook_timeout=2,async_unhook=on,command=8,command=10,event=0"))
+    with RawTool() as tool:
+        os.chown(tool.server.getsockname(), 65534, 65534)
+        assert info(g)["state"] == "unhooked", info(g)
+        g.qmp.execute("cont")
+        tool.accept().answer(b"open sesame")
+        wait_state(g, "hooked")
+        i = info(g)
+        assert (i["handshake-timeout-ms"], i["unhook-timeout-ms"], i["events"]) == (7000, 2000, ["unhook"]), i
+        assert i["commands"][3:] == ["vm-get-info", "vm-control-events"], i
+        tool.subscribe_unhook()
+        g.wait_alive(240)
+        status = Path(f"/proc/{int((DIR / 'pid').read_text())}/status").read_text()
+        assert "\nUid:\t65534\t65534\t" in status, status
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        tool.await_unhook()
+        tool.close()
+        g.qmp.result(number)
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        g.qmp.execute("cont")
+        tool.accept().answer(b"open sesame")        # and again, as a user who isn't root
+        wait_state(g, "hooked", mark)
+    g.kill()
+
+
+@scenario()
+def gate_fds(g):
+    """Nothing is left open by sessions that end in whatever way."""
+    pid = int((DIR / "pid").read_text())
+    counts = []
+    with RawTool() as tool:
+        for n in range(31):
+            mark = g.qmp.mark()
+            tool.accept().answer()
+            g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
+            if n % 3 == 0:
+                g.qmp.execute("stop")
+                g.qmp.execute("cont")
+            elif n % 3 == 1:
+                g.qmp.execute("kvmi-unhook", deadline_ms=0)
+                g.qmp.event("KVMI_UNHOOKED", since=mark)
+                g.qmp.execute("kvmi-hook")
+            tool.close()
+            g.qmp.event("KVMI_UNHOOKED", since=mark)
+            counts.append(len(os.listdir(f"/proc/{pid}/fd")))
+    print(counts)
+    assert max(counts[-6:]) <= max(counts[:6]), counts
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ struct StopGuard {
     /*
      * The guest is about to stop.  True: not yet, please; the guard then
      * calls stop_gate_release() when it is ready, within a bounded time.
+     * This can come again before that, for something else that stops the
+     * guest.
      */
     bool (*announce)(StopGuard *guard, StopAction action);
 
@@ -58,6 +60,9 @@ struct StopGuard {
      * go back to its work.  Not called when the guest runs again.
      */
     void (*open)(StopGuard *guard);
+
+    /* The user wants the guest to run. */
+    void (*cont)(StopGuard *guard);
 
     /* private */
     bool busy;
