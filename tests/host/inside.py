@@ -4,6 +4,7 @@
 Every wait has a bound, and who waits in vain is told for what.
 """
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -159,13 +160,13 @@ class Guest:
     """The virtual machine under test. It outlives the process that started it, so scenarios can share one."""
 
     cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
-               "audit=0 apparmor=0 nowatchdog")
+               "audit=0 apparmor=0 nowatchdog reboot=t")
 
     def __init__(self, folder=DIR):
         self.dir = folder
         self.serial = folder / "serial"
         self.trace = folder / "trace"
-        self.qmp = None
+        self.qmp = self.console = None
 
     @staticmethod
     def kvmi_options(**options):
@@ -184,7 +185,8 @@ class Guest:
                 "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline,
                 "-chardev", f"socket,id=console,path={self.dir}/console,server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console",
                 "-blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={self.dir}/disk",
-                "-device", "pvpanic", "-device", "virtio-blk-device,drive=disk",
+                "-device", "pvpanic", "-device", "ib700",
+                "-device", ("virtio-blk-device" if "microvm" in machine else "virtio-blk-pci") + ",drive=disk",
                 "-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-qmp", f"unix:{self.dir}/qmp2,server=on,wait=off",
                 "-chardev", f"socket,id=hmp,path={self.dir}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
                 "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
@@ -200,15 +202,17 @@ class Guest:
         except (Late, OSError):
             raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
         if alive:
-            self.wait_alive(120)
+            self.wait_alive(240)
         return self
 
     def tell(self, command):
-        """Have the guest itself do something, see guest/busy.c."""
-        with socket.socket(socket.AF_UNIX) as console:
-            console.connect(str(self.dir / "console"))
-            console.sendall(command.encode() + b"\n")
-            wait_until(lambda: f"guest: told to {command}" in self.output(), 20, f"the guest to hear '{command}'")
+        """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
+        if self.console:
+            self.console.close()
+        # Open until the guest has read it: QEMU forgets what it has not read when we hang up
+        self.console = socket.socket(socket.AF_UNIX)
+        self.console.connect(str(self.dir / "console"))
+        self.console.sendall(command.encode() + b"\n")
 
     def kill(self):
         try:
@@ -402,6 +406,7 @@ class RawTool:
         self.sock.settimeout(timeout)
         size, = struct.unpack("=I", self.exactly(4))
         hello = self.exactly(size - 4)
+        self.hello = struct.pack("=I", size) + hello
         self.uuid, self.name = hello[:16], hello[28:92].split(b"\0")[0].decode()
         self.start_time, = struct.unpack_from("=q", hello, 20)
         return self
@@ -409,6 +414,16 @@ class RawTool:
     def answer(self, cookie=b""):
         self.sock.sendall(struct.pack("=I20s", 24, hashlib.sha1(cookie).digest()))
         return self
+
+    def answer_hmac(self, key):
+        """The tool's side of auth=hmac, see qemu/docs/interop/kvmi.rst; returns whether QEMU knows the key, too."""
+        assert len(self.hello) == 144 and struct.unpack_from("=I", self.hello, 104) == (1,), self.hello
+        answer = struct.pack("=I20sII", 96, b"", 1, 0) + os.urandom(32)
+        answer += hmac.digest(key, b"kvmi-hmac-tool\0\0" + self.hello + answer, "sha256")
+        self.sock.sendall(answer)
+        size, _, proof = struct.unpack("=II32s", self.exactly(40))
+        assert size == 40
+        return hmac.compare_digest(proof, hmac.digest(key, b"kvmi-hmac-qemu\0\0" + self.hello + answer, "sha256"))
 
     def exactly(self, n):
         data = b""

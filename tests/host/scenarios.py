@@ -22,11 +22,12 @@ from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION
 SCENARIOS = {}
 
 
-def scenario(timeout=120, object_options=None, fresh=False, guest=True, into=SCENARIOS):
+def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
     """timeout: seconds, a boot of the guest included. fresh: wants a guest that has never been hooked. guest=False: wants none, and
     leaves a host that is good for nothing more."""
     def add(function):
         function.timeout, function.object_options, function.fresh, function.guest = timeout, object_options or {}, fresh, guest
+        function.machine = machine
         into[function.__name__] = function
         return function
     return add
@@ -570,6 +571,34 @@ def wrong_key(g):
         g.qmp.execute("object-del", id="cookie")
 
 
+@scenario()
+def hmac_both_ways(g):
+    """With auth=hmac, either side learns whether the other knows the key; a tool that sends the old cookie is refused."""
+    remove_object(g)
+    g.qmp.execute("object-add", qom_type="secret", id="cookie", data="open sesame")
+    try:
+        g.qmp.execute("object-add", **g.kvmi_options(key="cookie", auth="hmac"))
+        with RawTool() as tool:
+            tool.accept().answer(b"open sesame")
+            assert tool.closed(), "a tool with a cookie stays connected"
+            assert "auth=hmac" in info(g)["last-error"], info(g)
+            tool.accept()
+            try:
+                tool.answer_hmac(b"open barley")
+                raise AssertionError("QEMU answers to the wrong key")
+            except EOFError:
+                assert "wrong key" in info(g)["last-error"], info(g)
+            mark = g.qmp.mark()
+            tool.accept()
+            assert tool.answer_hmac(b"open sesame"), "QEMU's proof is wrong"
+            wait_state(g, "hooked", mark)
+            assert tool.command(GET_VERSION)[0] == 0
+            assert info(g)["auth"] == "hmac", info(g)
+    finally:
+        remove_object(g)
+        g.qmp.execute("object-del", id="cookie")
+
+
 @scenario(object_options={"commands": ["vm-get-info", "vm-control-events"], "events": ["unhook"]})
 def allow_list(g):
     """A command that is not on the list gets EPERM from KVM; those on it, and the three that always are, work."""
@@ -610,6 +639,8 @@ def object_errors(g):
     for options, words in (({"chardev": "nowhere"}, "nowhere"),
                            ({"chardev": "hmp"}, "server=off"),
                            ({"key": "nokey"}, "nokey"),
+                           ({"auth": "hmac"}, "key"),
+                           ({"commands": ["vmx-*"]}, "vmx-*"),
                            ({"commands": ["make-coffee"]}, "make-coffee"),
                            ({"events": ["fire"]}, "fire")):
         try:
@@ -797,13 +828,13 @@ def prepare(function):
     """A guest as the scenario wants it."""
     g = Guest()
     marker = DIR / "ready"          # there as long as the guest is fit for the next scenario
-    reuse = marker.exists() and not function.fresh and g.alive()
+    reuse = marker.exists() and not function.fresh and not function.machine and g.alive()
     if reuse:
         marker.unlink()
         remove_object(g)
         g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
     else:
-        g.start(kvmi=not function.object_options)
+        g.start(kvmi=not function.object_options, **{"machine": function.machine} if function.machine else {})
         if function.object_options:
             g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
     g.spoilt = False
