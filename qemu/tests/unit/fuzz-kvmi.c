@@ -20,8 +20,9 @@ static void fuzz_answer(const uint8_t *data, size_t size)
 {
     /* On the heap, alone, where the sanitizer sees a byte too much */
     g_autofree KvmiAnswerReader *reader = g_new(KvmiAnswerReader, 1);
-    size_t done = 0, chunk = 1 + data[0], wanted, claimed;
+    size_t done = 0, chunk = 1 + data[0], wanted;
     KvmiAnswer answer = { };
+    uint32_t claimed;
 
     data++;
     size--;
@@ -40,8 +41,7 @@ static void fuzz_answer(const uint8_t *data, size_t size)
         done += n;
         g_assert_cmpuint(reader->received, ==, done);
         if (!ok) {
-            memcpy(&claimed, "\0\0\0\0\0\0\0", sizeof(claimed));
-            memcpy(&claimed, data, sizeof(answer.struct_size));
+            memcpy(&claimed, data, sizeof(claimed));
             g_assert(claimed < sizeof(answer) || claimed > KVMI_ANSWER_MAX);
             g_assert_nonnull(error_get_pretty(err));
             error_free(err);
