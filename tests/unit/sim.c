@@ -429,8 +429,11 @@ void sim_serve_one(struct sim *sim)
 		break;
 	case KVMI_VCPU_CONTROL_CR:
 	case KVMI_VCPU_CONTROL_MSR:
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		break;
 	case KVMI_VCPU_CONTROL_SINGLESTEP:
 		g_assert_cmpuint(sim->last.size, ==, 16);
+		sim->stepping[vcpu.vcpu] = body[8];
 		break;
 	case KVMI_VCPU_INJECT_EXCEPTION:
 		g_assert_cmpuint(sim->last.size, ==, 24);

@@ -35,6 +35,7 @@ struct sim {
 	unsigned int writes;
 	uint8_t access[SIM_MEMORY / 4096];	/* what is taken off each page */
 	unsigned int access_messages;
+	bool stepping[SIM_VCPUS];
 	uint8_t xsave[4096];
 	uint64_t last_value;		/* of a reply to CR, MSR */
 
