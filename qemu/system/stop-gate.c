@@ -19,14 +19,18 @@ typedef enum StopPolicy {
 typedef struct StopTransition {
     const char *name;
     StopPolicy policy;
+    bool holds;             /* keeps the gate closed until stop_gate_leave() */
+    bool user;              /* the user wants a pause, and cont is the contrary */
 } StopTransition;
 
 static const StopTransition transitions[STOP_ACTION__MAX] = {
-    [STOP_ACTION_STOP]           = { "stop",           STOP_WAIT },
+    [STOP_ACTION_STOP]           = { "stop",           STOP_WAIT,
+                                     .user = true },
     [STOP_ACTION_DEBUG]          = { "debug",          STOP_CUT },
     [STOP_ACTION_SAVE]           = { "save",           STOP_CUT },
     [STOP_ACTION_LOAD]           = { "load",           STOP_CUT },
-    [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_CUT },
+    [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_WAIT,
+                                     .holds = true },
     [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_CUT },
     [STOP_ACTION_RESET]          = { "reset",          STOP_CUT },
     [STOP_ACTION_SHUTDOWN]       = { "shutdown",       STOP_CUT },
@@ -38,8 +42,8 @@ static const StopTransition transitions[STOP_ACTION__MAX] = {
 };
 
 static QLIST_HEAD(, StopGuard) guards = QLIST_HEAD_INITIALIZER(guards);
-static QSIMPLEQ_HEAD(, StopWaiter) waiters =
-    QSIMPLEQ_HEAD_INITIALIZER(waiters);
+static QTAILQ_HEAD(, StopWaiter) waiters = QTAILQ_HEAD_INITIALIZER(waiters);
+static unsigned int holders;
 
 /* The reason why the VM stops, as far as the new run state tells it */
 StopAction stop_action_of(RunState state)
@@ -87,6 +91,23 @@ static bool anybody_busy(void)
     return false;
 }
 
+static bool is_ready(StopWaiter *waiter)
+{
+    return waiter->state == STOP_WAITER_READY ||
+           waiter->state == STOP_WAITER_CANCELLED;
+}
+
+static void tell_open(void)
+{
+    StopGuard *guard;
+
+    if (!stop_gate_closed()) {
+        QLIST_FOREACH(guard, &guards, next) {
+            guard->open(guard);
+        }
+    }
+}
+
 /*
  * Waiters are called from here only.  Whoever released or cancelled them may
  * be deep inside something else, such as a reset; and once out of the queue, a
@@ -94,31 +115,35 @@ static bool anybody_busy(void)
  */
 static void call_waiters_bh(void *opaque)
 {
-    QSIMPLEQ_HEAD(, StopWaiter) ready = QSIMPLEQ_HEAD_INITIALIZER(ready);
-    QSIMPLEQ_HEAD(, StopWaiter) rest = QSIMPLEQ_HEAD_INITIALIZER(rest);
     bool busy = anybody_busy();
     StopWaiter *waiter;
 
-    while ((waiter = QSIMPLEQ_FIRST(&waiters))) {
-        QSIMPLEQ_REMOVE_HEAD(&waiters, next);
-        if (busy && !waiter->cancelled) {
-            QSIMPLEQ_INSERT_TAIL(&rest, waiter, next);
-        } else {
-            QSIMPLEQ_INSERT_TAIL(&ready, waiter, next);
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (!busy && waiter->state == STOP_WAITER_WAITING) {
+            waiter->state = STOP_WAITER_READY;
         }
     }
-    QSIMPLEQ_CONCAT(&waiters, &rest);
 
-    while ((waiter = QSIMPLEQ_FIRST(&ready))) {
-        QSIMPLEQ_REMOVE_HEAD(&ready, next);
-        waiter->done(waiter, waiter->cancelled);
+    /* One that enters now has to wait for the next time */
+again:
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (is_ready(waiter)) {
+            bool cancelled = waiter->state == STOP_WAITER_CANCELLED;
+
+            QTAILQ_REMOVE(&waiters, waiter, next);
+            waiter->state = STOP_WAITER_IDLE;
+            waiter->done(waiter, cancelled);
+            goto again;
+        }
     }
+
+    tell_open();
 }
 
 static void schedule_waiters(void)
 {
     /* Not in qemu_get_aio_context(): draining block devices runs its BHs */
-    if (!QSIMPLEQ_EMPTY(&waiters)) {
+    if (!QTAILQ_EMPTY(&waiters)) {
         aio_bh_schedule_oneshot(iohandler_get_aio_context(), call_waiters_bh,
                                 NULL);
     }
@@ -151,6 +176,13 @@ bool stop_gate_enter(StopWaiter *waiter, StopAction action)
     StopGuard *guard, *next;
 
     assert(action < STOP_ACTION__MAX);
+    assert(waiter->state == STOP_WAITER_IDLE && !waiter->holds);
+    waiter->action = action;
+    if (transitions[action].holds) {
+        waiter->holds = true;
+        holders++;
+    }
+
     if (transitions[action].policy == STOP_CUT) {
         stop_gate_cut(action);
         return true;
@@ -166,9 +198,26 @@ bool stop_gate_enter(StopWaiter *waiter, StopAction action)
     }
 
     trace_stop_gate_wait(transitions[action].name);
-    waiter->cancelled = false;
-    QSIMPLEQ_INSERT_TAIL(&waiters, waiter, next);
+    waiter->state = STOP_WAITER_WAITING;
+    QTAILQ_INSERT_TAIL(&waiters, waiter, next);
     return false;
+}
+
+void stop_gate_leave(StopWaiter *waiter)
+{
+    if (waiter->state == STOP_WAITER_IDLE && !waiter->holds) {
+        return;
+    }
+    if (waiter->state != STOP_WAITER_IDLE) {
+        QTAILQ_REMOVE(&waiters, waiter, next);
+        waiter->state = STOP_WAITER_IDLE;
+    }
+    if (waiter->holds) {
+        waiter->holds = false;
+        holders--;
+    }
+    trace_stop_gate_leave(transitions[waiter->action].name);
+    tell_open();
 }
 
 void stop_gate_cut(StopAction action)
@@ -185,19 +234,24 @@ void stop_gate_cancel(void)
 {
     StopWaiter *waiter;
 
-    QSIMPLEQ_FOREACH(waiter, &waiters, next) {
-        trace_stop_gate_cancel();
-        waiter->cancelled = true;
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (transitions[waiter->action].user) {
+            trace_stop_gate_cancel(transitions[waiter->action].name);
+            waiter->state = STOP_WAITER_CANCELLED;
+        }
     }
     schedule_waiters();
 }
 
-bool stop_gate_pending(void)
+bool stop_gate_closed(void)
 {
     StopWaiter *waiter;
 
-    QSIMPLEQ_FOREACH(waiter, &waiters, next) {
-        if (!waiter->cancelled) {
+    if (holders) {
+        return true;
+    }
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (waiter->state != STOP_WAITER_CANCELLED) {
             return true;
         }
     }

@@ -335,14 +335,29 @@ mouse: enabled=0
         shutil.rmtree(self.dir, ignore_errors=True)
 
 
+def newer(source, result):
+    return not result.exists() or result.stat().st_mtime < max(source.stat().st_mtime, (HERE / "host.py").stat().st_mtime)
+
+
 def guest_image():
     """The initramfs of the guest that runs in the AMD host: one program of ours, see guest/busy.c. Built when its source changed."""
     source, image = HERE / "guest/busy.c", BUILD / "host/guest.cpio"
-    if not image.exists() or image.stat().st_mtime < max(source.stat().st_mtime, (HERE / "host.py").stat().st_mtime):
+    if newer(source, image):
         image.parent.mkdir(parents=True, exist_ok=True)
         busy = image.with_name("busy")
         subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s", "-o", busy, source], check=True, timeout=60)
         new = image.with_name("guest.cpio.new")
         new.write_bytes(cpio(BASE + [file_entry("init", busy)]))
+        new.rename(image)
+    return image
+
+
+def libvirt_guest_image():
+    """The same with the modules for a power button, which libvirt's guest has."""
+    plain, image = guest_image(), BUILD / "host/libvirt-guest.cpio"
+    if newer(plain, image):
+        modules = [need(BUILD / f"linux/stock/{m}.ko", "build first") for m in ("button", "evdev", "virtio_blk")]
+        new = image.with_name("libvirt-guest.cpio.new")
+        new.write_bytes(plain.read_bytes() + cpio([file_entry(f"modules/{m.name}", m) for m in modules]))
         new.rename(image)
     return image

@@ -54,7 +54,10 @@ class Lines:
         """What has come within the time, as a list; returns at the first arrival."""
         if self.ended or not select.select([self.fd], [], [], max(timeout, 0))[0]:
             return []
-        data = os.read(self.fd, 1 << 16)
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except ConnectionResetError:
+            data = b""
         at = now_us()
         self.ended = not data
         *lines, self.rest = (self.rest + data).split(b"\n")
@@ -158,9 +161,10 @@ class Guest:
     cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
                "audit=0 apparmor=0 nowatchdog")
 
-    def __init__(self):
-        self.serial = DIR / "serial"
-        self.trace = DIR / "trace"
+    def __init__(self, folder=DIR):
+        self.dir = folder
+        self.serial = folder / "serial"
+        self.trace = folder / "trace"
         self.qmp = None
 
     @staticmethod
@@ -168,34 +172,47 @@ class Guest:
         """The kvmi object the scenarios start with, as object-add takes it."""
         return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
 
-    def start(self, kvmi=True, extra=(), vcpus=2):
+    def start(self, kvmi=True, extra=(), vcpus=2, machine="microvm,pit=off,pic=off,rtc=on", alive=True):
         self.kill()
-        subprocess.run(["rm", "-rf", DIR], check=True)
-        DIR.mkdir(parents=True)
+        subprocess.run(["rm", "-rf", self.dir], check=True)
+        self.dir.mkdir(parents=True)
+        # The disk is for snapshots, the guest has no driver for it
+        subprocess.run([BUILD / "qemu/bin/qemu-img", "create", "-q", "-f", "qcow2", self.dir / "disk", "1M"], check=True, timeout=20)
         argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
-                "-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
+                "-M", machine, "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
                 "-nodefaults", "-display", "none", "-no-reboot", "-kernel", BUILD / "linux/vmlinuz",
-                "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline, "-serial", f"file:{self.serial}",
-                "-qmp", f"unix:{DIR}/qmp,server=on,wait=off", "-qmp", f"unix:{DIR}/qmp2,server=on,wait=off",
-                "-chardev", f"socket,id=hmp,path={DIR}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
-                "-msg", "timestamp=on", "-D", self.trace, "-pidfile", DIR / "pid",
+                "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline,
+                "-chardev", f"socket,id=console,path={self.dir}/console,server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console",
+                "-blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={self.dir}/disk",
+                "-device", "pvpanic", "-device", "virtio-blk-device,drive=disk",
+                "-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-qmp", f"unix:{self.dir}/qmp2,server=on,wait=off",
+                "-chardev", f"socket,id=hmp,path={self.dir}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
+                "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
                 "-chardev", f"socket,id=tool,path={SOCKET},server=off,reconnect-ms=100"]
         if kvmi:
-            argv += ["-trace", "kvmi_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
-        with open(DIR / "stderr", "wb") as errors:
+            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
+        with open(self.dir / "stderr", "wb") as errors:
             process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                                        start_new_session=True)
         # Not ours to wait for: the next scenario is another process.
         try:
-            self.qmp = QMP()
-        except Late:
-            raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(DIR / 'stderr').read_text()}") from None
-        self.wait_alive(120)
+            self.qmp = QMP(self.dir / "qmp")
+        except (Late, OSError):
+            raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
+        if alive:
+            self.wait_alive(120)
         return self
+
+    def tell(self, command):
+        """Have the guest itself do something, see guest/busy.c."""
+        with socket.socket(socket.AF_UNIX) as console:
+            console.connect(str(self.dir / "console"))
+            console.sendall(command.encode() + b"\n")
+            wait_until(lambda: f"guest: told to {command}" in self.output(), 20, f"the guest to hear '{command}'")
 
     def kill(self):
         try:
-            pid = int((DIR / "pid").read_text())
+            pid = int((self.dir / "pid").read_text())
             if b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20, "QEMU's death")
@@ -226,7 +243,7 @@ class Guest:
         try:
             if self.qmp:
                 self.qmp.close()
-            self.qmp = QMP(timeout=3)
+            self.qmp = QMP(self.dir / "qmp", timeout=3)
             if self.qmp.execute("query-status", timeout=5)["status"] != "running":
                 return False
             self.wait_alive(10)
@@ -237,12 +254,12 @@ class Guest:
     def text(self):
         """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
         out = self.output()
-        start, end = re.search(r"text-physical 0x(\w+) 0x(\w+)", out).groups()
-        return int(start, 16), int(end, 16), int(re.search(r"text-virtual 0x(\w+)", out).group(1), 16)
+        start, end = re.findall(r"text-physical 0x(\w+) 0x(\w+)", out)[-1]       # the last boot counts
+        return int(start, 16), int(end, 16), int(re.findall(r"text-virtual 0x(\w+)", out)[-1], 16)
 
     def dump(self, start, end):
         """The guest's memory from start to end (physical), by QEMU's pmemsave."""
-        path = DIR / "dump"
+        path = self.dir / "dump"
         self.qmp.execute("pmemsave", timeout=60, val=start, size=end - start, filename=str(path))
         data = path.read_bytes()
         path.unlink()
@@ -386,6 +403,7 @@ class RawTool:
         size, = struct.unpack("=I", self.exactly(4))
         hello = self.exactly(size - 4)
         self.uuid, self.name = hello[:16], hello[28:92].split(b"\0")[0].decode()
+        self.start_time, = struct.unpack_from("=q", hello, 20)
         return self
 
     def answer(self, cookie=b""):

@@ -22,12 +22,12 @@ from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION
 SCENARIOS = {}
 
 
-def scenario(timeout=120, object_options=None, fresh=False, guest=True):
+def scenario(timeout=120, object_options=None, fresh=False, guest=True, into=SCENARIOS):
     """timeout: seconds, a boot of the guest included. fresh: wants a guest that has never been hooked. guest=False: wants none, and
     leaves a host that is good for nothing more."""
     def add(function):
         function.timeout, function.object_options, function.fresh, function.guest = timeout, object_options or {}, fresh, guest
-        SCENARIOS[function.__name__] = function
+        into[function.__name__] = function
         return function
     return add
 
@@ -810,8 +810,7 @@ def prepare(function):
     return g, marker
 
 
-def run(name):
-    function = SCENARIOS[name]
+def run(function):
     g = marker = None
     # Out of time: leave by the normal way, which ends the tool.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
@@ -835,12 +834,16 @@ def run(name):
     return 0
 
 
-if __name__ == "__main__":
-    names = sys.argv[1:] or list(SCENARIOS)
+def main(found):
+    names = sys.argv[1:] or list(found)
     failed = []
     for name in names:
         start = time.monotonic()
-        bad = run(name)
+        bad = run(found[name])
         print(f"{'FAIL' if bad else 'pass'} {name} {time.monotonic() - start:.1f} s", flush=True)
         failed += [name] if bad else []
     sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(SCENARIOS)

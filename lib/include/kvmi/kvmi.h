@@ -140,6 +140,8 @@ enum kvmi_command {
 	KVMI_CMD_VCPU_CONTROL_MSR = 25,
 	KVMI_CMD_VCPU_CONTROL_SINGLESTEP = 27,
 	KVMI_CMD_VCPU_TRANSLATE_GVA = 29,
+	KVMI_CMD_VCPU_SET_SREGS = 31,
+	KVMI_CMD_VCPU_SET_MSRS = 33,
 };
 
 enum kvmi_event_id {
@@ -683,6 +685,27 @@ enum kvmi_status kvmi_vcpu_get_xsave(struct kvmi_vm *vm, unsigned int vcpu,
 				     void *xsave, struct kvmi_error *err);
 enum kvmi_status kvmi_vcpu_set_xsave(struct kvmi_vm *vm, unsigned int vcpu,
 				     const void *xsave, struct kvmi_error *err);
+
+/*
+ * Writes CR0, CR2, CR3, CR4, CR8, the segments and descriptor tables, at once,
+ * whether an event is open or not; no event comes of it.  efer, apic_base and
+ * interrupt_bitmap must be what the vCPU has.
+ * KVMI_ERR_INVALID: they aren't, or the guest itself could not load these
+ * values; nothing has changed.  KVMI_ERR_BUSY: a nested guest runs.
+ */
+enum kvmi_status kvmi_vcpu_set_sregs(struct kvmi_vm *vm, unsigned int vcpu,
+				     const struct kvm_sregs *sregs,
+				     struct kvmi_error *err);
+
+/*
+ * Writes MSRs in turn, each as the guest's WRMSR would, but without an event.
+ * KVMI_ERR_INVALID: the guest could not write one of them; done (may be NULL)
+ * says how many before it have been written.  At most KVMI_MSRS_MAX.
+ */
+enum kvmi_status kvmi_vcpu_set_msrs(struct kvmi_vm *vm, unsigned int vcpu,
+				    const uint32_t *msrs,
+				    const uint64_t *values, size_t count,
+				    size_t *done, struct kvmi_error *err);
 
 /* How the guest's MTRRs have memory cached: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB */
 enum kvmi_status kvmi_vcpu_get_mtrr_type(struct kvmi_vm *vm, unsigned int vcpu,

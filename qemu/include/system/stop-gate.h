@@ -29,7 +29,7 @@ typedef enum StopAction {
     STOP_ACTION_DEBUG,          /* debugger */
     STOP_ACTION_SAVE,           /* snapshot, memory dump */
     STOP_ACTION_LOAD,           /* return to a snapshot */
-    STOP_ACTION_MIGRATE,        /* migration completes */
+    STOP_ACTION_MIGRATE,        /* migration, at its set-up */
     STOP_ACTION_SUSPEND,        /* the guest goes to S3 */
     STOP_ACTION_RESET,          /* any reset */
     STOP_ACTION_SHUTDOWN,       /* power off, quit */
@@ -52,11 +52,25 @@ struct StopGuard {
     /* The guest stops now: let go of it, without blocking. */
     void (*cut)(StopGuard *guard, StopAction action);
 
+    /*
+     * Nobody is about to stop the guest any more.  If it runs, the guard can
+     * go back to its work.  Not called when the guest runs again.
+     */
+    void (*open)(StopGuard *guard);
+
     /* private */
     bool busy;
     QLIST_ENTRY(StopGuard) next;
 };
 
+typedef enum StopWaiterState {
+    STOP_WAITER_IDLE,           /* not in the queue */
+    STOP_WAITER_WAITING,
+    STOP_WAITER_READY,          /* done() is about to be called */
+    STOP_WAITER_CANCELLED,      /* likewise */
+} StopWaiterState;
+
+/* Set to 0, but for @done */
 typedef struct StopWaiter StopWaiter;
 struct StopWaiter {
     /*
@@ -66,8 +80,10 @@ struct StopWaiter {
     void (*done)(StopWaiter *waiter, bool cancelled);
 
     /* private */
-    bool cancelled;
-    QSIMPLEQ_ENTRY(StopWaiter) next;
+    StopAction action;
+    StopWaiterState state;
+    bool holds;
+    QTAILQ_ENTRY(StopWaiter) next;
 };
 
 void stop_gate_add(StopGuard *guard);
@@ -82,14 +98,21 @@ void stop_gate_release(StopGuard *guard);
  */
 bool stop_gate_enter(StopWaiter *waiter, StopAction action);
 
+/*
+ * @waiter, if it waits, doesn't want to any longer, and isn't called back.  If
+ * it keeps the gate closed, as migration does from its beginning to its end,
+ * it no longer does.
+ */
+void stop_gate_leave(StopWaiter *waiter);
+
 /* Tell the guards that @action stops the guest now. */
 void stop_gate_cut(StopAction action);
 
-/* The guest is to run on: those who wait needn't any longer. */
+/* The user wants the guest to run on: who waits to pause it needn't. */
 void stop_gate_cancel(void);
 
-/* Is somebody waiting to stop the guest? */
-bool stop_gate_pending(void);
+/* Is somebody about to stop the guest, be it in a while? */
+bool stop_gate_closed(void);
 
 /* Pause the guest, once the guards are ready; for who needs no answer. */
 void stop_gate_pause(void);

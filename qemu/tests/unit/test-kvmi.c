@@ -18,6 +18,8 @@
 #include "crypto/init.h"
 #include "hw/i386/e820_memory_layout.h"
 #include "io/channel-socket.h"
+#include "migration/misc.h"
+#include "migration/vmstate.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-kvmi.h"
 #include "qapi/qobject-input-visitor.h"
@@ -198,6 +200,16 @@ bool e820_get_entry(int index, uint32_t type, uint64_t *address,
     *address = table[index].address;
     *length = table[index].length;
     return true;
+}
+
+/* The object's state is never really saved here */
+const VMStateInfo vmstate_info_int64 = { .name = "int64" };
+
+static bool migrating;
+
+bool migration_is_running(void)
+{
+    return migrating;
 }
 
 const char *qemu_name = "the guest";
@@ -416,7 +428,7 @@ static void test_states(void)
 typedef struct TestGuard {
     StopGuard guard;
     bool wants_time;
-    int announced, cuts;
+    int announced, cuts, opened;
     StopAction last;
 } TestGuard;
 
@@ -438,6 +450,12 @@ static void guard_cut(StopGuard *guard, StopAction action)
     if (guard->busy) {
         stop_gate_release(guard);
     }
+}
+
+static void guard_open(StopGuard *guard)
+{
+    g_assert_false(stop_gate_closed());
+    container_of(guard, TestGuard, guard)->opened++;
 }
 
 typedef struct TestWaiter {
@@ -465,7 +483,11 @@ static void run_events(void)
 static TestGuard new_guard(bool wants_time)
 {
     return (TestGuard) {
-        .guard = { .announce = guard_announce, .cut = guard_cut },
+        .guard = {
+            .announce = guard_announce,
+            .cut = guard_cut,
+            .open = guard_open,
+        },
         .wants_time = wants_time,
     };
 }
@@ -486,7 +508,7 @@ static void test_gate_open(void)
     stop_gate_add(&g.guard);
     g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
     g_assert_cmpint(g.announced, ==, 1);
-    g_assert_false(stop_gate_pending());
+    g_assert_false(stop_gate_closed());
     run_events();
     g_assert_cmpint(w.called, ==, 0);
     stop_gate_remove(&g.guard);
@@ -501,7 +523,7 @@ static void test_gate_wait(void)
     stop_gate_add(&g2.guard);
     g_assert_false(stop_gate_enter(&w1.waiter, STOP_ACTION_STOP));
     g_assert_false(stop_gate_enter(&w2.waiter, STOP_ACTION_STOP));
-    g_assert_true(stop_gate_pending());
+    g_assert_true(stop_gate_closed());
     /* Asked once */
     g_assert_cmpint(g1.announced, ==, 1);
     g_assert_cmpint(g2.announced, ==, 1);
@@ -517,28 +539,45 @@ static void test_gate_wait(void)
     g_assert_cmpint(w1.called, ==, 1);
     g_assert_cmpint(w2.called, ==, 1);
     g_assert_cmpint(w1.cancelled + w2.cancelled, ==, 0);
-    g_assert_false(stop_gate_pending());
+    g_assert_false(stop_gate_closed());
     stop_gate_remove(&g1.guard);
     stop_gate_remove(&g2.guard);
 }
 
 static void test_gate_cut(void)
 {
+    static const StopAction wait[] = {
+        STOP_ACTION_STOP, STOP_ACTION_MIGRATE
+    };
     TestGuard g = new_guard(true);
     TestWaiter w = new_waiter();
+    bool waits[STOP_ACTION__MAX] = { };
     StopAction action;
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(wait); i++) {
+        waits[wait[i]] = true;
+    }
 
     stop_gate_add(&g.guard);
     for (action = 0; action < STOP_ACTION__MAX; action++) {
         g_assert_nonnull(stop_action_str(action));
-        if (action != STOP_ACTION_STOP) {
-            g.cuts = 0;
+        g.cuts = g.announced = 0;
+        if (waits[action]) {
+            g_assert_false(stop_gate_enter(&w.waiter, action));
+            g_assert_cmpint(g.announced, ==, 1);
+            stop_gate_release(&g.guard);
+            stop_gate_leave(&w.waiter);
+            g_assert_cmpint(g.cuts, ==, 0);
+        } else {
             g_assert_true(stop_gate_enter(&w.waiter, action));
+            g_assert_cmpint(g.announced, ==, 0);
             g_assert_cmpint(g.cuts, ==, 1);
             g_assert_cmpint(g.last, ==, action);
         }
     }
-    g_assert_cmpint(g.announced, ==, 0);
+    run_events();
+    g_assert_cmpint(w.called, ==, 0);
 
     /* In the middle of a wait */
     g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
@@ -546,6 +585,61 @@ static void test_gate_cut(void)
     run_events();
     g_assert_cmpint(w.called, ==, 1);
     g_assert_cmpint(w.cancelled, ==, 0);
+    stop_gate_remove(&g.guard);
+}
+
+static void test_gate_hold(void)
+{
+    TestGuard g = new_guard(true);
+    TestWaiter w = new_waiter(), stop = new_waiter();
+
+    stop_gate_add(&g.guard);
+    /* Leaving without having entered does nothing */
+    stop_gate_leave(&w.waiter);
+    g_assert_cmpint(g.opened, ==, 0);
+
+    /* Closed for as long as it takes, though the wait is over */
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    stop_gate_release(&g.guard);
+    run_events();
+    g_assert_cmpint(w.called, ==, 1);
+    g_assert_true(stop_gate_closed());
+    g_assert_cmpint(g.opened, ==, 0);
+    /* Not what cont is about */
+    stop_gate_cancel();
+    run_events();
+    g_assert_true(stop_gate_closed());
+
+    /* A stop in between */
+    g.wants_time = false;
+    g_assert_true(stop_gate_enter(&stop.waiter, STOP_ACTION_STOP));
+    g_assert_true(stop_gate_closed());
+
+    stop_gate_leave(&w.waiter);
+    g_assert_false(stop_gate_closed());
+    g_assert_cmpint(g.opened, ==, 1);
+    stop_gate_leave(&w.waiter);
+    g_assert_cmpint(g.opened, ==, 1);
+
+    /* Nothing to wait for, but closed all the same */
+    g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    g_assert_true(stop_gate_closed());
+    stop_gate_leave(&w.waiter);
+    g_assert_false(stop_gate_closed());
+    g_assert_cmpint(g.opened, ==, 2);
+
+    /* Given up during the wait, while a stop waits, too */
+    g.wants_time = true;
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    g_assert_false(stop_gate_enter(&stop.waiter, STOP_ACTION_STOP));
+    stop_gate_leave(&w.waiter);
+    g_assert_true(stop_gate_closed());
+    g_assert_cmpint(g.opened, ==, 2);
+    stop_gate_release(&g.guard);
+    run_events();
+    g_assert_cmpint(w.called, ==, 1);
+    g_assert_cmpint(stop.called, ==, 1);
+    g_assert_cmpint(g.opened, ==, 3);
     stop_gate_remove(&g.guard);
 }
 
@@ -559,7 +653,7 @@ static void test_gate_cancel(void)
     stop_gate_add(&g.guard);
     g_assert_false(stop_gate_enter(&w1.waiter, STOP_ACTION_STOP));
     stop_gate_cancel();
-    g_assert_false(stop_gate_pending());
+    g_assert_false(stop_gate_closed());
     /* The guard is still at it: who comes now, waits */
     g_assert_false(stop_gate_enter(&w2.waiter, STOP_ACTION_STOP));
     run_events();
@@ -743,7 +837,7 @@ static void teardown(void)
 
     g_assert_null(qmp_query_kvmi(&err));
     error_free_or_abort(&err);
-    g_assert_false(stop_gate_pending());
+    g_assert_false(stop_gate_closed());
     g_assert_null(vm_handler);
     g_assert_null(vm_reset_handler);
 
@@ -1017,6 +1111,55 @@ static void test_object_cancel(void)
     teardown();
 }
 
+static void test_object_migrate(void)
+{
+    TestWaiter w = new_waiter();
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr",
+                     "migrate-start-time", "on", NULL);
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    close(fd);
+    until(w.called);
+    check_unhook(KVMI_ACTION_MIGRATE, KVMI_OUTCOME_CLEAN);
+
+    /* The guest runs, but there is no session until the migration ends */
+    fd = tool_accept();
+    run_events();
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    vm_stop(RUN_STATE_PAUSED);
+    vm_run();
+    run_events();
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    stop_gate_leave(&w.waiter);
+    until(state() == KVMI_STATE_HANDSHAKE);
+    close(fd);
+    fd = tool_connect();
+    g_assert_cmpint(fake_kvm.hooks, ==, 2);
+
+    /* Cancelled while the tool leaves */
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    stop_gate_leave(&w.waiter);
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKING);
+    close(fd);
+    fd = tool_connect();
+    g_assert_cmpint(w.called, ==, 1);
+    g_assert_cmpint(fake_kvm.hooks, ==, 3);
+    close(fd);
+    until(fake_kvm.fd == -1);
+
+    /* What migrates must not go meanwhile */
+    migrating = true;
+    g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    migrating = false;
+    g_assert_true(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_handshake(void)
 {
     static const char cookie[] = "secret";
@@ -1174,6 +1317,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/gate/open", test_gate_open);
     g_test_add_func("/kvmi/gate/wait", test_gate_wait);
     g_test_add_func("/kvmi/gate/cut", test_gate_cut);
+    g_test_add_func("/kvmi/gate/hold", test_gate_hold);
     g_test_add_func("/kvmi/gate/cancel", test_gate_cancel);
     g_test_add_func("/kvmi/gate/remove", test_gate_remove);
     g_test_add_func("/kvmi/object/errors", test_object_errors);
@@ -1182,6 +1326,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/slow", test_object_slow);
     g_test_add_func("/kvmi/object/cut", test_object_cut);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
+    g_test_add_func("/kvmi/object/migrate", test_object_migrate);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);
     g_test_add_func("/kvmi/object/delete", test_object_delete);
     g_test_add_func("/kvmi/object/fds", test_object_fds);

@@ -4,18 +4,26 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the kernel
- * changes from one address space to another now and then.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the
+ * kernel changes from one address space to another now and then. What a test wants the guest to do comes as a line on the
+ * console.
+ *
+ * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
+ * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/input.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/io.h>
 #include <sys/mount.h>
+#include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -68,21 +76,144 @@ static void tell_kernel_text(void)
 		fclose(f);
 }
 
+static void load_module(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	if (syscall(SYS_finit_module, fd, "", 0) && errno != ENODEV)
+		perror(path);
+	close(fd);
+}
+
+static void *power_button(void *device)
+{
+	struct input_event event;
+	int fd = open(device, O_RDONLY | O_CLOEXEC);
+
+	while (fd >= 0 && read(fd, &event, sizeof(event)) == sizeof(event))
+		if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1)
+			reboot(RB_POWER_OFF);
+	return NULL;
+}
+
+/* As much of QEMU's guest agent as libvirt needs for "virsh dompmsuspend" */
+static void *agent(void *device)
+{
+	FILE *port;
+	char line[512];
+	int fd;
+
+	/* a port whose other end isn't open reads as ended */
+	while ((fd = open(device, O_RDWR | O_CLOEXEC)) < 0)
+		sleep(1);
+	port = fdopen(fd, "r");
+	for (;;) {
+		char *id;
+
+		if (!fgets(line, sizeof(line), port)) {
+			clearerr(port);
+			usleep(100000);
+			continue;
+		}
+		id = strstr(line, "\"id\"");
+		if (strstr(line, "guest-sync") && id && (id = strchr(id, ':'))) {
+			dprintf(fd, "{\"return\": %llu}\n", strtoull(id + 1, NULL, 10));
+		} else if (strstr(line, "guest-suspend-ram")) {
+			int state = open("/sys/power/state", O_WRONLY | O_CLOEXEC);
+
+			printf("guest: suspends to RAM\n");
+			if (state < 0 || write(state, "mem", 3) != 3)
+				perror("guest: /sys/power/state");
+			else
+				printf("guest: woke up\n");
+			close(state);
+		} else {
+			dprintf(fd, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not in this guest\"}}\n");
+		}
+	}
+	return NULL;
+}
+
+static void write_file(const char *name, const char *text)
+{
+	int fd = open(name, O_WRONLY);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		printf("guest: %s: %s\n", name, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
+/* What has to come from inside the guest */
+static void *obey(void *unused)
+{
+	char line[64];
+
+	(void)unused;
+	while (fgets(line, sizeof(line), stdin)) {
+		unsigned int port, value;
+
+		line[strcspn(line, "\r\n")] = 0;
+		printf("guest: told to %s\n", line);
+		fflush(stdout);
+		if (!strcmp(line, "reboot"))
+			reboot(RB_AUTOBOOT);
+		else if (!strcmp(line, "power off"))
+			reboot(RB_POWER_OFF);
+		else if (!strcmp(line, "suspend"))
+			write_file("/sys/power/state", "mem");
+		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
+			outb(value, port);
+		else
+			printf("guest: can't %s\n", line);
+		fflush(stdout);
+	}
+	return NULL;
+}
+
+static void start(void *(*function)(void *), const void *argument)
+{
+	pthread_t thread;
+
+	errno = pthread_create(&thread, NULL, function, (void *)argument);
+	if (errno)
+		perror("guest: pthread_create");
+}
+
+static void be_operable(void)
+{
+	static const char *const modules[] = { "/modules/button.ko", "/modules/evdev.ko", "/modules/virtio_blk.ko" };
+	static char devices[8][32];
+
+	if (access(modules[0], F_OK))
+		return;
+	mkdir("/dev", 0755);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	for (size_t i = 0; i < sizeof(modules) / sizeof(modules[0]); i++)
+		load_module(modules[i]);
+	for (int i = 0; i < 8; i++) {
+		snprintf(devices[i], sizeof(devices[i]), "/dev/input/event%d", i);
+		start(power_button, devices[i]);
+	}
+	start(agent, "/dev/vport0p1");
+}
+
 int main(void)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
 	mkdir("/proc", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
+	mkdir("/sys", 0755);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	tell_kernel_text();
 	printf("guest: cpus %ld\n", cpus);
-	for (long cpu = 0; cpu < cpus; cpu++) {
-		pthread_t thread;
-
-		errno = pthread_create(&thread, NULL, busy, (void *)cpu);
-		if (errno)
-			perror("guest: pthread_create");
-	}
+	be_operable();
+	for (long cpu = 0; cpu < cpus; cpu++)
+		start(busy, (void *)cpu);
+	start(obey, NULL);
 	for (;;) {
 		struct timespec pause = { .tv_nsec = 500000000 };
 

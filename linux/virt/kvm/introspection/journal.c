@@ -12,6 +12,7 @@
 #include <linux/uaccess.h>
 
 #include "kvmi_int.h"
+#include "trace.h"
 
 #define KVMI_JOURNAL_BITS 13
 
@@ -206,16 +207,19 @@ static bool kvmi_journal_restore_one(struct kvm *kvm,
 {
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
+	bool restored;
 	u8 now;
 
 	hva = kvmi_hva(kvm, entry->gpa, &slot);
-	if (kvm_is_error_hva(hva) ||
-	    __get_user(now, (u8 __user *)hva) || now != entry->written ||
-	    now == entry->before || __put_user(entry->before, (u8 __user *)hva))
-		return false;
+	restored = !kvm_is_error_hva(hva) &&
+		   !__get_user(now, (u8 __user *)hva) &&
+		   now == entry->written && now != entry->before &&
+		   !__put_user(entry->before, (u8 __user *)hva);
+	if (restored)
+		kvmi_mark_dirty(slot, entry->gpa);
 
-	kvmi_mark_dirty(slot, entry->gpa);
-	return true;
+	trace_kvmi_restore(kvm, entry->gpa, entry->before, restored);
+	return restored;
 }
 
 /*

@@ -50,7 +50,8 @@
  *	reply fits.
  *
  * kvm_introspection.waiters_lock (spinlock, within the socket's wait queue)
- *	The vCPUs that wait for a reply and will read it.
+ *	The vCPUs that wait for a reply and will read it, and ->receiver, which
+ *	reads when there are none.
  *
  * What of kvm_vcpu_introspection no lock is named for belongs to the vCPU's
  * thread, i.e. vcpu->mutex protects it.
@@ -98,7 +99,7 @@ struct kvmi_journal {
 	struct mutex lock;		/* all of it */
 	struct hlist_head *heads;
 	unsigned int nr;
-	unsigned int restored;	/* of the last session */
+	unsigned int restored;		/* of the last session */
 };
 
 struct kvm_introspection {
@@ -108,6 +109,7 @@ struct kvm_introspection {
 	struct mutex send_lock;		/* one message at a time */
 	struct socket *sock;
 	struct vhost_task *receiver;
+	bool receiver_killed;
 	u8 uuid[16];
 
 	/* Wakes a reader */
@@ -118,7 +120,12 @@ struct kvm_introspection {
 	struct list_head waiters;
 
 	atomic_t session;
-	atomic_t event_seq;
+
+	/* Of this session, or the last; see KVM_INTROSPECTION_STATUS */
+	u32 end;		/* written by who ends it */
+	atomic64_t nr_events;	/* the lower half is the last one's seq */
+	u64 nr_commands;	/* recv_lock */
+	unsigned long stalled;	/* send_lock; since when (jiffies), or 0 */
 
 	/* Bits are set and read with atomic operations, by anybody */
 	DECLARE_BITMAP(cmd_allow, KVMI_NUM_COMMANDS);
@@ -180,7 +187,7 @@ static inline bool kvmi_session_alive(int session)
 }
 
 /* session.c */
-void kvmi_session_end(struct kvm_introspection *kvmi, int session);
+void kvmi_session_end(struct kvm_introspection *kvmi, int session, u32 reason);
 struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu);
 
 /* socket.c */
@@ -262,6 +269,8 @@ void kvmi_arch_vcpu_free(struct kvmi_vcpu_arch *arch);
 #define KVMI_ARCH_VCPU_CMD(name)					\
 	int kvmi_arch_##name(struct kvm_vcpu *vcpu, const void *req,	\
 			     size_t req_size, void *rpl, size_t *rpl_size)
+KVMI_ARCH_VCPU_CMD(set_sregs);
+KVMI_ARCH_VCPU_CMD(set_msrs);
 KVMI_ARCH_VCPU_CMD(get_cpuid);
 KVMI_ARCH_VCPU_CMD(get_xcr);
 KVMI_ARCH_VCPU_CMD(get_xsave);

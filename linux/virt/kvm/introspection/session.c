@@ -10,6 +10,9 @@
 
 #include "kvmi_int.h"
 
+#define CREATE_TRACE_POINTS
+#include "trace.h"
+
 static bool __read_mostly enable_introspection;
 module_param_named(introspection, enable_introspection, bool, 0444);
 
@@ -42,7 +45,7 @@ static struct kvm_introspection *kvmi_get(struct kvm *kvm)
 	mutex_init(&kvmi->send_lock);
 	spin_lock_init(&kvmi->waiters_lock);
 	INIT_LIST_HEAD(&kvmi->waiters);
-	xa_init(&kvmi->page_access);
+	xa_init_flags(&kvmi->page_access, XA_FLAGS_ACCOUNT);
 	mutex_init(&kvmi->journal.lock);
 
 	old = cmpxchg(&kvm->kvmi, NULL, kvmi);
@@ -96,7 +99,7 @@ void kvmi_vcpu_destroy(struct kvm_vcpu *vcpu)
  * From here on no event is made and no command served.  The vCPUs notice,
  * let go of the events they wait with and undo their interceptions.
  */
-void kvmi_session_end(struct kvm_introspection *kvmi, int session)
+void kvmi_session_end(struct kvm_introspection *kvmi, int session, u32 reason)
 {
 	struct kvm_vcpu *vcpu;
 	unsigned long i;
@@ -104,6 +107,9 @@ void kvmi_session_end(struct kvm_introspection *kvmi, int session)
 	if (!kvmi_session_alive(session) ||
 	    atomic_cmpxchg(&kvmi->session, session, session + 1) != session)
 		return;
+
+	WRITE_ONCE(kvmi->end, reason);
+	trace_kvmi_session_end(kvmi->kvm, reason);
 
 	kvm_for_each_vcpu(i, vcpu, kvmi->kvm)
 		kvmi_vcpu_wake(vcpu);
@@ -136,7 +142,7 @@ static bool kvmi_is_always_allowed(int id)
 /* What one session leaves to the next, and the last one to the VM's end */
 static int kvmi_prepare(struct kvm_introspection *kvmi)
 {
-	struct vhost_task *receiver;
+	struct vhost_task *receiver, *old;
 
 	lockdep_assert_held(&kvmi->lock);
 
@@ -146,19 +152,29 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 		return -ENOMEM;
 	if (!kvmi->out.msg && kvmi_out_init(&kvmi->out))
 		return -ENOMEM;
-	if (kvmi->receiver)
+	if (kvmi->receiver && !READ_ONCE(kvmi->receiver_killed))
 		return 0;
 
 	/*
 	 * A thread of this process: it sees the memory of the guest, it is
-	 * accounted with the VM and it dies with it.
+	 * accounted with the VM and it dies with it.  But for VMs of several
+	 * processes that share their memory, when the one that hooked the VM
+	 * dies.
 	 */
 	receiver = vhost_task_create(kvmi_receiver, kvmi_receiver_killed, kvmi,
 				     "kvmi-recv");
 	if (IS_ERR_OR_NULL(receiver))
 		return -ENOMEM;
 
+	/* A vCPU may be about to wake the one that was killed */
+	spin_lock_irq(&kvmi->waiters_lock);
+	old = kvmi->receiver;
 	kvmi->receiver = receiver;
+	spin_unlock_irq(&kvmi->waiters_lock);
+	if (old)
+		vhost_task_stop(old);
+
+	kvmi->receiver_killed = false;
 	vhost_task_start(receiver);
 	return 0;
 }
@@ -192,16 +208,20 @@ static int __kvmi_hook(struct kvm_introspection *kvmi,
 	bitmap_zero(kvmi->vm_events, KVMI_NUM_EVENTS);
 	kvmi->flags = 0;
 	kvmi->journal.restored = 0;
-	atomic_set(&kvmi->event_seq, 0);
+	kvmi->end = KVM_INTROSPECTION_END_NONE;
+	atomic64_set(&kvmi->nr_events, 0);
 
 	mutex_lock(&kvmi->recv_lock);
 	mutex_lock(&kvmi->send_lock);
 	kvmi->sock = sock;
+	kvmi->stalled = 0;
 	mutex_unlock(&kvmi->send_lock);
+	kvmi->nr_commands = 0;
 	kvmi->in_size = 0;
 	kvmi->out.size = 0;
 	mutex_unlock(&kvmi->recv_lock);
 
+	trace_kvmi_hook(kvmi->kvm);
 	atomic_inc(&kvmi->session);
 	kvmi_listen(kvmi);
 	return 0;
@@ -230,6 +250,15 @@ static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
 	return err;
 }
 
+static const char *const kvmi_end_names[] = {
+	[KVM_INTROSPECTION_END_UNHOOK] = "unhooked",
+	[KVM_INTROSPECTION_END_CLOSED] = "the tool closed the socket",
+	[KVM_INTROSPECTION_END_PROTOCOL] = "the tool broke the protocol",
+	[KVM_INTROSPECTION_END_UNREAD] = "the tool didn't read",
+	[KVM_INTROSPECTION_END_NOMEM] = "out of memory",
+	[KVM_INTROSPECTION_END_KILLED] = "killed",
+};
+
 static void __kvmi_unhook(struct kvm_introspection *kvmi)
 {
 	struct socket *sock = kvmi->sock;
@@ -242,7 +271,8 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 		return;
 
 	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
-	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
+	kvmi_session_end(kvmi, atomic_read(&kvmi->session),
+			 KVM_INTROSPECTION_END_UNHOOK);
 	kernel_sock_shutdown(sock, SHUT_RDWR);
 	kvmi_stop_listening(kvmi);
 
@@ -264,6 +294,11 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 		if (vcpu->kvmi)
 			kvmi_vcpu_drop_queue(vcpu);
 	}
+
+	trace_kvmi_unhook(kvmi->kvm, kvmi->end, kvmi->journal.restored);
+	pr_info_ratelimited("introspection of process %d ended: %s; %u bytes restored\n",
+			    kvmi->kvm->userspace_pid,
+			    kvmi_end_names[kvmi->end], kvmi->journal.restored);
 }
 
 static int kvmi_unhook(struct kvm *kvm)
@@ -299,12 +334,35 @@ void kvmi_vm_destroy(struct kvm *kvm)
 
 static int kvmi_preunhook(struct kvm_introspection *kvmi)
 {
+	int err = -ENOENT;
+
 	lockdep_assert_held(&kvmi->lock);
 
-	if (!test_bit(KVMI_VM_EVENT_UNHOOK, kvmi->vm_events))
-		return -ENOENT;
+	if (test_bit(KVMI_VM_EVENT_UNHOOK, kvmi->vm_events) &&
+	    !kvmi_send_unhook(kvmi))
+		err = 0;
 
-	return kvmi_send_unhook(kvmi) ? -ENOENT : 0;
+	trace_kvmi_preunhook(kvmi->kvm, err);
+	return err;
+}
+
+static int kvmi_status(struct kvm *kvm, void __user *argp)
+{
+	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
+	struct kvm_introspection_status status = {};
+
+	if (kvmi) {
+		mutex_lock(&kvmi->lock);
+		status.hooked =
+			kvmi_session_alive(atomic_read(&kvmi->session));
+		status.reason = READ_ONCE(kvmi->end);
+		status.restored = READ_ONCE(kvmi->journal.restored);
+		status.events = atomic64_read(&kvmi->nr_events);
+		status.commands = READ_ONCE(kvmi->nr_commands);
+		mutex_unlock(&kvmi->lock);
+	}
+
+	return copy_to_user(argp, &status, sizeof(status)) ? -EFAULT : 0;
 }
 
 static void kvmi_allow(unsigned long *bitmap, int size, int id, bool allow)
@@ -395,6 +453,8 @@ int kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp)
 		return kvmi_hooked_ioctl(kvm, ioctl, &feat);
 	case KVM_INTROSPECTION_PREUNHOOK:
 		return kvmi_hooked_ioctl(kvm, ioctl, NULL);
+	case KVM_INTROSPECTION_STATUS:
+		return kvmi_status(kvm, argp);
 	default:
 		return -ENOTTY;
 	}

@@ -9,6 +9,7 @@
 #include <net/sock.h>
 
 #include "kvmi_int.h"
+#include "trace.h"
 
 /*
  * How long a message of which the socket has taken a part may keep a thread
@@ -16,6 +17,9 @@
  * would be torn.
  */
 #define KVMI_SEND_GRACE_MS 100
+
+/* How long a tool may let the socket be full before the session ends */
+#define KVMI_SEND_TIMEOUT_S 5
 
 /*
  * The first part of a reply
@@ -54,6 +58,20 @@ void kvmi_out_reply_done(struct kvmi_out *out, const struct kvmi_msg_hdr *hdr,
 	out->size = sizeof(*head) + size;
 }
 
+static u32 kvmi_end_reason(int err)
+{
+	switch (err) {
+	case -EPROTO:
+		return KVM_INTROSPECTION_END_PROTOCOL;
+	case -ETIMEDOUT:
+		return KVM_INTROSPECTION_END_UNREAD;
+	case -ENOBUFS:
+		return KVM_INTROSPECTION_END_NOMEM;
+	default:
+		return KVM_INTROSPECTION_END_CLOSED;
+	}
+}
+
 static bool kvmi_interrupted(int err)
 {
 	return err == -EINTR || err == -ERESTARTSYS || err == -EAGAIN;
@@ -82,6 +100,8 @@ static int kvmi_sock_send(struct socket *sock, void *buf, size_t size,
 			sent += ret;
 			continue;
 		}
+		if (ret == -EAGAIN && !(flags & MSG_DONTWAIT))
+			return -ETIMEDOUT;
 		if (!kvmi_interrupted(ret))
 			return ret ?: -EPIPE;
 		if (!sent)
@@ -111,8 +131,15 @@ static int kvmi_send_locked(struct kvm_introspection *kvmi, void *buf,
 		return -ENOTCONN;
 
 	err = kvmi_sock_send(kvmi->sock, buf, size, flags);
+	if (err != -EINTR)
+		kvmi->stalled = 0;
+	else if (!kvmi->stalled)
+		kvmi->stalled = jiffies ?: 1;
+	else if (time_after(jiffies, kvmi->stalled + KVMI_SEND_TIMEOUT_S * HZ))
+		err = -ETIMEDOUT;
+
 	if (err && err != -EINTR) {
-		kvmi_session_end(kvmi, session);
+		kvmi_session_end(kvmi, session, kvmi_end_reason(err));
 		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
 	}
 
@@ -127,7 +154,7 @@ static int kvmi_send_unhook_locked(struct kvm_introspection *kvmi)
 	} msg = {
 		.hdr.id = KVMI_VM_EVENT,
 		.hdr.size = sizeof(msg.ev),
-		.hdr.seq = atomic_inc_return(&kvmi->event_seq),
+		.hdr.seq = atomic64_inc_return(&kvmi->nr_events),
 		.ev.event = KVMI_VM_EVENT_UNHOOK,
 	};
 
@@ -256,7 +283,7 @@ static int kvmi_dispatch(struct kvm_introspection *kvmi)
 		/* The vCPU's thread answers */
 		if (!ec)
 			return 0;
-		if (ec == -EPROTO)
+		if (ec == -EPROTO || ec == -ENOBUFS)
 			return ec;
 	} else {
 		ec = -KVM_ENOSYS;
@@ -313,6 +340,9 @@ static int kvmi_read(struct kvm_introspection *kvmi)
 			return err;
 	}
 
+	WRITE_ONCE(kvmi->nr_commands,
+		   kvmi->nr_commands + (hdr->id != KVMI_VCPU_EVENT));
+	trace_kvmi_command(kvmi->kvm, hdr->id, hdr->seq, hdr->size);
 	err = kvmi_dispatch(kvmi);
 
 	kvmi->in_size -= size;
@@ -342,10 +372,14 @@ static int kvmi_receive_locked(struct kvm_introspection *kvmi,
 		answered = kv && READ_ONCE(kv->ev.answered);
 		err = kvmi_out_send(kvmi, &kvmi->out, session) ?:
 		      kvmi_read(kvmi);
+		/* A tool that goes on sending must not keep the thread */
+		if (!err && signal_pending(current))
+			err = -EINTR;
+		cond_resched();
 	} while (!err && !answered);
 
 	if (err && !kvmi_interrupted(err)) {
-		kvmi_session_end(kvmi, session);
+		kvmi_session_end(kvmi, session, kvmi_end_reason(err));
 		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
 		err = -EAGAIN;
 	}
@@ -439,6 +473,8 @@ void kvmi_listen(struct kvm_introspection *kvmi)
 {
 	lockdep_assert_held(&kvmi->lock);
 
+	sock_set_sndtimeo(kvmi->sock->sk, KVMI_SEND_TIMEOUT_S);
+
 	init_waitqueue_func_entry(&kvmi->wait, kvmi_socket_wake);
 	init_poll_funcptr(&kvmi->pt, kvmi_socket_queue_proc);
 	vfs_poll(kvmi->sock->file, &kvmi->pt);
@@ -479,13 +515,14 @@ void kvmi_receiver_killed(void *data)
 {
 	struct kvm_introspection *kvmi = data;
 
-	kvmi_session_end(kvmi, atomic_read(&kvmi->session));
-
 	mutex_lock(&kvmi->send_lock);
+	kvmi_session_end(kvmi, atomic_read(&kvmi->session),
+			 KVM_INTROSPECTION_END_KILLED);
 	if (kvmi->sock)
 		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
 	mutex_unlock(&kvmi->send_lock);
 
 	/* The memory may outlive the process */
 	kvmi_journal_restore(kvmi);
+	WRITE_ONCE(kvmi->receiver_killed, true);
 }

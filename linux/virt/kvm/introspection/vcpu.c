@@ -5,6 +5,7 @@
 #include <linux/slab.h>
 
 #include "kvmi_int.h"
+#include "trace.h"
 
 /* Makes the vCPU's thread look at its queue, soon and wherever it is */
 void kvmi_vcpu_wake(struct kvm_vcpu *vcpu)
@@ -134,7 +135,8 @@ bool kvmi_vcpu_event_known(u16 id)
 
 /*
  * Returns -EPROTO for a reply that nobody waits for or that doesn't fit the
- * event: the tool and KVM no longer agree on what the guest does.
+ * event: the tool and KVM no longer agree on what the guest does.  Any error
+ * ends the session.
  */
 int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 			  const struct kvmi_msg_hdr *hdr, const void *body)
@@ -155,7 +157,7 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 	/* Behind the commands that came before it, so it can't be refused */
 	job = kvmi_new_job(hdr, body);
 	if (!job)
-		return -EPROTO;
+		return -ENOBUFS;
 
 	spin_lock(&kv->lock);
 	type = &kvmi_event_types[ev->id];
@@ -394,6 +396,10 @@ static const struct kvmi_vcpu_cmd kvmi_vcpu_cmds[] = {
 		      sizeof(struct kvm_regs)),
 	KVMI_VCPU_CMD(KVMI_VCPU_TRANSLATE_GVA, kvmi_vcpu_translate_gva,
 		      sizeof(struct kvmi_vcpu_translate_gva)),
+	KVMI_VCPU_CMD(KVMI_VCPU_SET_SREGS, kvmi_arch_set_sregs,
+		      sizeof(struct kvmi_vcpu_set_sregs)),
+	KVMI_VCPU_CMD(KVMI_VCPU_SET_MSRS, kvmi_arch_set_msrs,
+		      sizeof(struct kvmi_vcpu_set_msrs)),
 	KVMI_VCPU_CMD(KVMI_VCPU_GET_CPUID, kvmi_arch_get_cpuid,
 		      sizeof(struct kvmi_vcpu_get_cpuid)),
 	KVMI_VCPU_CMD(KVMI_VCPU_GET_XCR, kvmi_arch_get_xcr,
@@ -443,6 +449,8 @@ static int kvmi_event_close(struct kvm_vcpu *vcpu,
 	kv->ev.open = false;
 	kv->ev.answered = false;
 	spin_unlock(&kv->lock);
+
+	trace_kvmi_event_done(vcpu, ev.id, ev.seq, rpl ? rpl->action : -1);
 
 	if (rpl && rpl->action == KVMI_EVENT_ACTION_CRASH) {
 		vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
@@ -541,7 +549,7 @@ static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
 		struct kvmi_vcpu_event common;
 		u8 data[];
 	} *msg = kv->out.msg;
-	u32 seq = atomic_inc_return(&kvmi->event_seq);
+	u32 seq = atomic64_inc_return(&kvmi->nr_events);
 
 	memset(msg, 0, sizeof(*msg));
 	msg->ev.event = kv->ev.id;
@@ -561,6 +569,8 @@ static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
 	kv->ev.seq = seq;
 	kv->ev.sent = true;
 	spin_unlock(&kv->lock);
+
+	trace_kvmi_event(vcpu, kv->ev.id, seq, kv->ev.ip);
 }
 
 static void kvmi_run_command(struct kvm_vcpu *vcpu, const struct kvmi_job *job)
@@ -770,6 +780,10 @@ int kvmi_vcpu_handle_request(struct kvm_vcpu *vcpu)
 
 	do {
 		again = kvmi_vcpu_step(vcpu, &r);
+		/* A tool that has something new each time gets no further */
+		if (again > 0 && r > 0 && signal_pending(current))
+			again = -EINTR;
+		cond_resched();
 	} while (again > 0 && r > 0);
 	kvmi_vcpu_wont_read(vcpu);
 

@@ -45,6 +45,8 @@ static const KvmiId commands[] = {
     { "vcpu-control-msr",        KVMI_VCPU_CONTROL_MSR },
     { "vcpu-control-singlestep", KVMI_VCPU_CONTROL_SINGLESTEP },
     { "vcpu-translate-gva",      KVMI_VCPU_TRANSLATE_GVA },
+    { "vcpu-set-sregs",          KVMI_VCPU_SET_SREGS },
+    { "vcpu-set-msrs",           KVMI_VCPU_SET_MSRS },
     { }
 };
 

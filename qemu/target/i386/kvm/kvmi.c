@@ -26,6 +26,8 @@
 #include "crypto/secret.h"
 #include "hw/i386/e820_memory_layout.h"
 #include "io/channel-socket.h"
+#include "migration/misc.h"
+#include "migration/vmstate.h"
 #include "qapi/clone-visitor.h"
 #include "qapi/error.h"
 #include "qapi/qapi-builtin-visit.h"
@@ -65,6 +67,7 @@ struct KVMIObject {
     uint32_t unhook_timeout_ms;
     KvmiAllowed commands;
     KvmiAllowed events;
+    bool migrate_start_time;
 
     /* Fixed when the object is complete */
     bool complete;
@@ -436,7 +439,7 @@ static void kvmi_finish_handshake(KVMIObject *s)
 static void kvmi_update(KVMIObject *s)
 {
     bool wanted = s->complete && !s->deleting && runstate_is_running() &&
-                  !stop_gate_pending();
+                  !stop_gate_closed();
 
     if (wanted && s->state == KVMI_STATE_UNHOOKED) {
         kvmi_set_state(s, KVMI_STATE_CONNECTING);
@@ -620,6 +623,11 @@ static void kvmi_bh(void *opaque)
     }
 }
 
+static void kvmi_open(StopGuard *guard)
+{
+    qemu_bh_schedule(container_of(guard, KVMIObject, guard)->bh);
+}
+
 /*
  * When the guest stops, the gate has done what was urgent.  The rest need not
  * make the stop any longer.
@@ -642,6 +650,20 @@ static void kvmi_reset(void *opaque)
 
     s->start_time = g_get_real_time() / G_USEC_PER_SEC;
 }
+
+/*
+ * Only if it is asked for: with it, the target must have an object that
+ * expects it.
+ */
+static const VMStateDescription vmstate_kvmi = {
+    .name = "kvmi",
+    .version_id = 1,
+    .minimum_version_id = 1,
+    .fields = (const VMStateField[]) {
+        VMSTATE_INT64(start_time, KVMIObject),
+        VMSTATE_END_OF_LIST()
+    },
+};
 
 /*
  * The object
@@ -703,8 +725,15 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
         error_setg(errp, "chardev '%s' not found", s->chardev);
         return;
     }
-    if (!kvmi_check_chardev(s, chr, errp) ||
-        !qemu_chr_fe_init(&s->chr, chr, errp)) {
+    if (!kvmi_check_chardev(s, chr, errp)) {
+        return;
+    }
+    if (s->migrate_start_time && migration_is_running()) {
+        error_setg(errp, "can't add a kvmi object with migrate-start-time=on"
+                   " during a migration: wait for its end");
+        return;
+    }
+    if (!qemu_chr_fe_init(&s->chr, chr, errp)) {
         return;
     }
 
@@ -716,11 +745,15 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->bh = qemu_bh_new(kvmi_bh, s);
     s->guard.announce = kvmi_announce;
     s->guard.cut = kvmi_cut;
+    s->guard.open = kvmi_open;
     stop_gate_add(&s->guard);
     s->vmstate = qemu_add_vm_change_state_handler(kvmi_vm_state_change, s);
     s->wakeup.notify = kvmi_wakeup;
     qemu_register_wakeup_notifier(&s->wakeup);
     qemu_register_reset_nosnapshotload(kvmi_reset, s);
+    if (s->migrate_start_time) {
+        vmstate_register_any(NULL, &vmstate_kvmi, s);
+    }
     s->complete = true;
     WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
         the_kvmi = s;
@@ -729,6 +762,12 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     kvmi_update(s);
     qemu_chr_fe_set_handlers(&s->chr, kvmi_can_read, kvmi_read, kvmi_chr_event,
                              NULL, s, NULL, true);
+}
+
+/* Migration goes through what is registered, without a lock */
+static bool kvmi_can_be_deleted(UserCreatable *uc)
+{
+    return !KVMI(uc)->migrate_start_time || !migration_is_running();
 }
 
 /*
@@ -744,6 +783,9 @@ static void kvmi_unparent(Object *obj)
     }
     object_ref(obj);
     s->deleting = true;
+    if (s->migrate_start_time) {
+        vmstate_unregister(NULL, &vmstate_kvmi, s);
+    }
     kvmi_update(s);
     if (s->state == KVMI_STATE_HOOKED) {
         s->guard.busy = kvmi_ask(s, KVMI_ACTION_OBJECT_DEL);
@@ -871,11 +913,26 @@ static void kvmi_set_allowed(Object *obj, Visitor *v, const char *name,
     }
 }
 
+static bool kvmi_get_migrate_start_time(Object *obj, Error **errp)
+{
+    return KVMI(obj)->migrate_start_time;
+}
+
+static void kvmi_set_migrate_start_time(Object *obj, bool value, Error **errp)
+{
+    KVMIObject *s = KVMI(obj);
+
+    if (kvmi_may_set(s, "migrate-start-time", errp)) {
+        s->migrate_start_time = value;
+    }
+}
+
 static void kvmi_class_init(ObjectClass *oc, void *data)
 {
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
 
     ucc->complete = kvmi_complete;
+    ucc->can_be_deleted = kvmi_can_be_deleted;
     oc->unparent = kvmi_unparent;
 
     object_class_property_add_str(oc, "chardev",
@@ -903,6 +960,10 @@ static void kvmi_class_init(ObjectClass *oc, void *data)
         kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_EVENTS);
     object_class_property_set_description(oc, "events",
         "events that tools may use, by name or number");
+    object_class_property_add_bool(oc, "migrate-start-time",
+        kvmi_get_migrate_start_time, kvmi_set_migrate_start_time);
+    object_class_property_set_description(oc, "migrate-start-time",
+        "the guest's start time is migrated (the target needs it, too)");
 }
 
 static const TypeInfo kvmi_info = {

@@ -9,9 +9,12 @@
 #include <linux/kvmi.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -59,7 +62,8 @@ static const u16 vcpu_commands[] = {
 	KVMI_VCPU_GET_CPUID, KVMI_VCPU_CONTROL_CR, KVMI_VCPU_GET_XCR,
 	KVMI_VCPU_GET_XSAVE, KVMI_VCPU_SET_XSAVE, KVMI_VCPU_GET_MTRR_TYPE,
 	KVMI_VCPU_CONTROL_MSR,
-	KVMI_VCPU_INJECT_EXCEPTION, KVMI_VCPU_CONTROL_SINGLESTEP
+	KVMI_VCPU_INJECT_EXCEPTION, KVMI_VCPU_CONTROL_SINGLESTEP,
+	KVMI_VCPU_SET_SREGS, KVMI_VCPU_SET_MSRS
 };
 
 static const u16 free_commands[] = {
@@ -901,9 +905,9 @@ static void hook_sndbuf(struct kvm_vm *vm, int sndbuf)
 
 	make_sockets(fds);
 	if (sndbuf) {
-		ret = setsockopt(fds[1], SOL_SOCKET, SO_SNDBUF, &sndbuf,
+		ret = setsockopt(fds[1], SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf,
 				 sizeof(sndbuf));
-		TEST_ASSERT(!ret, "SO_SNDBUF: %s", strerror(errno));
+		TEST_ASSERT(!ret, "SO_SNDBUFFORCE: %s", strerror(errno));
 	}
 	hook_fd(vm, fds[1]);
 	/* KVM has its own reference */
@@ -960,6 +964,18 @@ static void unhook(struct kvm_vm *vm)
 	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0));
 	if (tool.fd >= 0)
 		tool_close();
+}
+
+static struct kvm_introspection_status get_status(struct kvm_vm *vm)
+{
+	struct kvm_introspection_status status;
+	int i;
+
+	memset(&status, 0xff, sizeof(status));
+	vm_ioctl(vm, KVM_INTROSPECTION_STATUS, &status);
+	for (i = 0; i < ARRAY_SIZE(status.padding); i++)
+		TEST_ASSERT_EQ(status.padding[i], 0);
+	return status;
 }
 
 /*
@@ -1661,6 +1677,105 @@ KVM_ONE_VCPU_TEST(kvmi, hook_unconnected, guest_count)
 	unhook(vm);
 	stop_guest(&r);
 	close(fd);
+}
+
+struct hooker {
+	struct kvm_vm *vm;
+	struct kvm_introspection_hook hook;
+};
+
+static int hook_and_exit(void *arg)
+{
+	struct hooker *hooker = arg;
+
+	_exit(ioctl(hooker->vm->fd, KVM_INTROSPECTION_HOOK, &hooker->hook) ?
+	      errno : 0);
+}
+
+/* The process that hooked the VM dies, but another one shares its memory */
+KVM_ONE_VCPU_TEST(kvmi, hook_again_after_kill, guest_count)
+{
+	static char stack[16384] __aligned(16);
+	struct hooker hooker = { .vm = vcpu->vm };
+	int fds[2], status;
+	struct runner r;
+	pid_t pid;
+
+	start(&r, vcpu);
+	make_sockets(fds);
+	hooker.hook.fd = fds[1];
+	pid = clone(hook_and_exit, stack + sizeof(stack),
+		    CLONE_VM | CLONE_FILES | SIGCHLD, &hooker);
+	TEST_ASSERT(pid > 0, "clone: %s", strerror(errno));
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status,
+		    "status %#x", status);
+
+	wait_for(!get_status(vcpu->vm).hooked);
+	TEST_ASSERT_EQ(get_status(vcpu->vm).reason,
+		       KVM_INTROSPECTION_END_KILLED);
+	unhook(vcpu->vm);
+	close(fds[0]);
+	close(fds[1]);
+
+	hook(vcpu->vm);
+	assert_err(get_version(), 0);
+	assert_err(vcpu_get_info(0), 0);
+	unhook(vcpu->vm);
+	stop_guest(&r);
+}
+
+static void assert_status(struct kvm_vm *vm, u32 hooked, u32 reason, u64 events,
+			  u64 commands)
+{
+	struct kvm_introspection_status status = get_status(vm);
+
+	TEST_ASSERT_EQ(status.hooked, hooked);
+	TEST_ASSERT_EQ(status.reason, reason);
+	TEST_ASSERT_EQ(status.restored, 0);
+	TEST_ASSERT_EQ(status.events, events);
+	TEST_ASSERT_EQ(status.commands, commands);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, status, guest_count)
+{
+	struct kvmi_msg_hdr bad = { .size = KVMI_MAX_MSG_SIZE + 1 };
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+
+	assert_status(vm, 0, KVM_INTROSPECTION_END_NONE, 0, 0);
+	assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_NONE, 0, 0);
+	TEST_ASSERT_EQ(ioctl(vm->fd, KVM_INTROSPECTION_STATUS, NULL), -1);
+	TEST_ASSERT_EQ(errno, EFAULT);
+
+	hook(vm);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 0, 0);
+	start(&r, vcpu);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 1, 1);
+	reply_continue(&ev);
+	get_version();
+	/* A reply to an event is no command */
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 1, 2);
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_UNHOOK, 1, 2);
+
+	hook(vm);
+	assert_status(vm, 1, KVM_INTROSPECTION_END_NONE, 0, 0);
+	tool_close();
+	wait_for(!get_status(vm).hooked);
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_CLOSED, 0, 0);
+
+	hook(vm);
+	send_bytes(&bad, sizeof(bad));
+	assert_closed();
+	unhook(vm);
+	assert_status(vm, 0, KVM_INTROSPECTION_END_PROTOCOL, 0, 0);
+
+	stop_guest(&r);
 }
 
 KVM_ONE_VCPU_TEST(kvmi, hook_again_while_running, guest_count)
@@ -4011,6 +4126,147 @@ KVM_ONE_VCPU_TEST(kvmi, signal_jammed, guest_count)
 	stop_guest(&r);
 }
 
+/* A tool that doesn't read: the session goes, and takes nobody with it */
+static void assert_unread(struct kvm_vm *vm)
+{
+	u64 begin = now_ms();
+
+	while (get_status(vm).hooked)
+		TEST_ASSERT(now_ms() - begin < TIMEOUT_MS,
+			    "the session lives on after %d ms", TIMEOUT_MS);
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_UNREAD);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unread_replies, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	hook(vm);
+	start(&r, vcpu);
+	jam(vm);
+	assert_guest_runs(vm);
+	assert_unread(vm);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, unread_vcpu_replies, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	assert_guest_stands(vm);
+	assert_unread(vm);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+/* The time counts from when the socket became full, signals or not */
+KVM_ONE_VCPU_TEST(kvmi, unread_signals, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	for (i = 0; get_status(vm).hooked; i++) {
+		TEST_ASSERT(i < TIMEOUT_MS / 500, "the session lives on");
+		usleep(500 * 1000);
+		if (get_status(vm).hooked) {
+			interrupt(&r);
+			start(&r, vcpu);
+		}
+	}
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_UNREAD);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
+/* A tool that always has something to say */
+static u8 flood_buf[16384];
+
+static void *flood(void *unused)
+{
+	while (send(tool.fd, flood_buf, sizeof(flood_buf), MSG_NOSIGNAL) > 0)
+		;
+	return NULL;
+}
+
+static void *drain(void *unused)
+{
+	static u8 buf[65536];
+
+	while (recv(tool.fd, buf, sizeof(buf), 0) > 0)
+		;
+	return NULL;
+}
+
+/* Keeps the vCPU, or whoever reads the socket, busy */
+static void test_flood(struct kvm_vcpu *vcpu, u16 id)
+{
+	struct {
+		struct kvmi_msg_hdr hdr;
+		struct kvmi_vcpu_hdr vcpu;
+	} msg = { .hdr.id = id, .hdr.size = sizeof(msg.vcpu) };
+	struct kvm_vm *vm = vcpu->vm;
+	pthread_t sender, reader;
+	struct runner r;
+	struct event ev;
+	unsigned int i;
+
+	for (i = 0; i < sizeof(flood_buf) / sizeof(msg); i++)
+		memcpy(flood_buf + i * sizeof(msg), &msg, sizeof(msg));
+
+	/* Nobody ever waits for room in the socket */
+	hook_sndbuf(vm, 256 << 20);
+	allow_all(vm);
+	start(&r, vcpu);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+
+	TEST_ASSERT(!pthread_create(&sender, NULL, flood, NULL) &&
+		    !pthread_create(&reader, NULL, drain, NULL),
+		    "pthread_create");
+	for (i = 0; i < 5; i++) {
+		usleep(100 * 1000);
+		assert_at_once(interrupt(&r));
+		start(&r, vcpu);
+	}
+	TEST_ASSERT(get_status(vm).commands > 100, "that was no flood");
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_UNHOOK, NULL, 0));
+	pthread_join(sender, NULL);
+	pthread_join(reader, NULL);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, flood_vm_commands, guest_count)
+{
+	test_flood(vcpu, KVMI_GET_VERSION);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, flood_vcpu_commands, guest_count)
+{
+	test_flood(vcpu, KVMI_VCPU_GET_INFO);
+}
+
 /* Nobody has asked for files, which KVM would have to keep until it closes them */
 KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
 {
@@ -4199,7 +4455,9 @@ KVM_ONE_VCPU_TEST(kvmi, journal_bytes, guest_journal)
 	assert_err(write_flags(gpa, buf, 1, 4), -KVM_EINVAL);
 	assert_err(write_flags(gpa, buf, 1, 0x8000), -KVM_EINVAL);
 
+	TEST_ASSERT_EQ(get_status(vm).restored, 0);
 	unhook(vm);
+	TEST_ASSERT_EQ(get_status(vm).restored, 21);
 
 	for (i = 0; i < 8; i++)
 		TEST_ASSERT_EQ(page[i], i == 3 ? 3 : 0x90);
@@ -4303,6 +4561,227 @@ static int control_msr(u16 vcpu, u32 msr, u8 enable)
 	struct kvmi_vcpu_control_msr req = { .msr = msr, .enable = enable };
 
 	return vcpu_command(KVMI_VCPU_CONTROL_MSR, vcpu, &req);
+}
+
+static int set_sregs(u16 vcpu, const struct kvm_sregs *sregs)
+{
+	return __vcpu_command(KVMI_VCPU_SET_SREGS, vcpu, sregs, sizeof(*sregs),
+			      NULL, 0);
+}
+
+static void assert_sregs(const struct kvm_sregs *sregs)
+{
+	static struct registers_reply rpl;
+
+	assert_err(get_registers(0, 0, 0, &rpl), 0);
+	TEST_ASSERT(!memcmp(&rpl.rpl.sregs, sregs, sizeof(*sregs)),
+		    "the vCPU has other registers");
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_sregs, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_sregs sregs, old, is;
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	old = ev.common.arch.sregs;
+	sregs = old;
+	assert_err(set_sregs(0, &sregs), 0);
+	assert_sregs(&old);
+
+	/* Another table of the same pages */
+	sregs.cr3 = vm_alloc_page_table(vm);
+	memcpy(addr_gpa2hva(vm, sregs.cr3), addr_gpa2hva(vm, old.cr3),
+	       PAGE_SIZE);
+	sregs.cr0 ^= X86_CR0_MP;
+	sregs.cr2 = 0x123456000;
+	sregs.cr4 ^= X86_CR4_TSD;
+	sregs.cr8 = 5;
+	sregs.fs.base = 0x1234;
+	sregs.gdt.limit ^= 0x1000;
+	assert_err(set_sregs(0, &sregs), 0);
+	assert_sregs(&sregs);
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+
+	/* Without an event, of any kind */
+	assert_err(control_cr(0, 3, 1), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_CR, 1), 0);
+	sregs.cr3 = old.cr3;
+	assert_err(set_sregs(0, &sregs), 0);
+	assert_sregs(&sregs);
+	assert_quiet();
+	assert_guest_runs(vm);
+
+	stop_guest(&r);
+	vcpu_sregs_get(vcpu, &is);
+	TEST_ASSERT_EQ(is.cr3, sregs.cr3);
+	TEST_ASSERT_EQ(is.cr4, sregs.cr4);
+	TEST_ASSERT_EQ(is.fs.base, sregs.fs.base);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_sregs_errors, guest_count)
+{
+	struct kvm_sregs sregs, old;
+	struct event ev;
+	struct runner r;
+
+#define assert_bad(change)						\
+do {									\
+	sregs = old;							\
+	/* Not this either, then */					\
+	sregs.cr8 = 3;							\
+	sregs.cr4 ^= X86_CR4_TSD;					\
+	change;								\
+	assert_err(set_sregs(0, &sregs), -KVM_EINVAL);			\
+	assert_sregs(&old);						\
+} while (0)
+
+	start_to_pause(&r, vcpu, &ev);
+	old = ev.common.arch.sregs;
+	assert_bad(sregs.efer ^= EFER_SCE);
+	assert_bad(sregs.apic_base ^= 0x1000);
+	assert_bad(sregs.interrupt_bitmap[1] = 1);
+	assert_bad(sregs.cr0 &= ~X86_CR0_PG);
+	assert_bad(sregs.cr0 &= ~X86_CR0_PE);
+	assert_bad(sregs.cr3 |= 1ull << 60);
+	assert_bad(sregs.cr4 |= 1ull << 31);
+	assert_bad(sregs.cr4 &= ~X86_CR4_PAE);
+	assert_bad(sregs.cr8 = 16);
+	assert_bad(sregs.cs.db = 1);
+	assert_err(__vcpu_command(KVMI_VCPU_SET_SREGS, 0, &old,
+				  sizeof(old) - 1, NULL, 0), -KVM_EINVAL);
+	reply_continue(&ev);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+#define MANY_MSRS	510
+
+struct set_msrs {
+	struct kvmi_vcpu_set_msrs req;
+	struct kvm_msr_entry entries[MANY_MSRS];
+};
+
+static int set_msrs(struct set_msrs *set, u32 *done)
+{
+	struct kvmi_vcpu_set_msrs_reply rpl = {};
+	int err;
+
+	err = __vcpu_command(KVMI_VCPU_SET_MSRS, 0, set, sizeof(set->req) +
+			     set->req.nmsrs * sizeof(set->entries[0]), &rpl,
+			     sizeof(rpl));
+	TEST_ASSERT_EQ(rpl.padding, 0);
+	*done = rpl.nmsrs;
+	return err;
+}
+
+static u64 get_msr(u32 index)
+{
+	static struct registers_reply rpl;
+
+	assert_err(get_registers(0, 1, index, &rpl), 0);
+	return rpl.rpl.msrs.entries[0].data;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_msrs, guest_count)
+{
+	static struct set_msrs set = {
+		.req.nmsrs = 4,
+		.entries = {
+			{ .index = MSR_LSTAR, .data = 0x1000 },
+			{ .index = MSR_KERNEL_GS_BASE, .data = 0x2000 },
+			/* Not canonical */
+			{ .index = MSR_LSTAR, .data = 1ull << 63 },
+			{ .index = MSR_STAR, .data = 0x3000 },
+		},
+	};
+	u64 star;
+	struct runner r;
+	unsigned int i;
+	u32 done;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	/* Without an event */
+	assert_err(control_msr(0, MSR_LSTAR, 1), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_MSR, 1), 0);
+	star = get_msr(MSR_STAR);
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 2);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), 0x1000);
+	TEST_ASSERT_EQ(get_msr(MSR_KERNEL_GS_BASE), 0x2000);
+	TEST_ASSERT_EQ(get_msr(MSR_STAR), star);
+	assert_quiet();
+
+	set.req.nmsrs = 0;
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 0);
+
+	for (i = 0; i < MANY_MSRS; i++) {
+		set.entries[i].index = MSR_LSTAR;
+		set.entries[i].data = i;
+	}
+	set.req.nmsrs = MANY_MSRS;
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, MANY_MSRS);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), MANY_MSRS - 1);
+
+	/* Errors, without a write before them */
+	set.req.nmsrs = 2;
+	set.req.padding = 1;
+	assert_err(set_msrs(&set, &done), -KVM_EINVAL);
+	set.req.padding = 0;
+	set.entries[1].reserved = 1;
+	assert_err(set_msrs(&set, &done), -KVM_EINVAL);
+	set.entries[1].reserved = 0;
+	assert_err(__vcpu_command(KVMI_VCPU_SET_MSRS, 0, &set,
+				  sizeof(set.req) + 2 * 16 - 1, NULL, 0),
+		   -KVM_EINVAL);
+	set.req.nmsrs = ~0u;
+	assert_err(__vcpu_command(KVMI_VCPU_SET_MSRS, 0, &set,
+				  sizeof(set.req) + 2 * 16, NULL, 0),
+		   -KVM_EINVAL);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), MANY_MSRS - 1);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* What userspace doesn't let the guest write, the tool can't write either */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_msrs_filtered, guest_count)
+{
+	static struct set_msrs set = {
+		.req.nmsrs = 1,
+		.entries[0] = { .index = MSR_LSTAR, .data = 0x1000 },
+	};
+	u8 denied = 0;
+	struct kvm_msr_filter filter = {
+		.flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
+		.ranges[0] = {
+			.flags = KVM_MSR_FILTER_WRITE,
+			.nmsrs = 1,
+			.base = MSR_LSTAR,
+			.bitmap = &denied,
+		},
+	};
+	struct runner r;
+	u32 done;
+
+	vm_enable_cap(vcpu->vm, KVM_CAP_X86_USER_SPACE_MSR,
+		      KVM_MSR_EXIT_REASON_FILTER);
+	vm_ioctl(vcpu->vm, KVM_X86_SET_MSR_FILTER, &filter);
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 0);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), 0);
+	stop_guest(&r);
+	unhook(vcpu->vm);
 }
 
 static void begin_op(struct kvm_vm *vm, u64 what, u64 target, u64 arg,
@@ -6848,6 +7327,202 @@ KVM_ONE_VCPU_TEST(kvmi, event_trap_crash, guest_count)
 	unhook(vcpu->vm);
 }
 
+/* A control group of its own for this process, or what is missing */
+static const char *make_cgroup(char dir[], size_t size)
+{
+	char path[128];
+	int fd;
+
+	mkdir("/tmp", 0777);
+	snprintf(dir, size, "/tmp/kvmi_cgroup.XXXXXX");
+	if (!mkdtemp(dir))
+		return "a folder";
+	if (mount("none", dir, "cgroup2", 0, NULL))
+		return "cgroup2";
+	snprintf(path, sizeof(path), "%s/cgroup.subtree_control", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "+memory", 7) != 7)
+		return "the memory controller";
+	close(fd);
+	snprintf(dir + strlen(dir), size - strlen(dir), "/%d", getpid());
+	if (mkdir(dir, 0777))
+		return "a group";
+	snprintf(path, sizeof(path), "%s/cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "0", 1) != 1)
+		return "a place in the group";
+	close(fd);
+	return NULL;
+}
+
+static void leave_cgroup(char dir[])
+{
+	char path[128];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/../cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	TEST_ASSERT(fd >= 0 && write(fd, "0", 1) == 1, "cgroup.procs");
+	close(fd);
+	rmdir(dir);
+	*strrchr(dir, '/') = 0;
+	umount2(dir, MNT_DETACH);
+	rmdir(dir);
+}
+
+static void read_cgroup(const char *dir, const char *file, char buf[4096])
+{
+	char path[128];
+	ssize_t ret;
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, file);
+	fd = open(path, O_RDONLY);
+	ret = read(fd, buf, 4095);
+	TEST_ASSERT(ret > 0, "%s: %s", path, strerror(errno));
+	buf[ret] = 0;
+	close(fd);
+}
+
+/* Another process freezes this one and thaws it */
+static pid_t freeze_soon(const char *dir)
+{
+	char path[128], buf[4096];
+	pid_t pid;
+	int fd, i;
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+	if (pid)
+		return pid;
+
+	snprintf(path, sizeof(path), "%s/../cgroup.procs", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "0", 1) != 1)
+		_exit(2);
+	snprintf(path, sizeof(path), "%s/cgroup.freeze", dir);
+	fd = open(path, O_WRONLY);
+	if (fd < 0 || write(fd, "1", 1) != 1)
+		_exit(3);
+	for (i = 0; i < AT_ONCE_MS; i++) {
+		read_cgroup(dir, "cgroup.events", buf);
+		if (strstr(buf, "frozen 1"))
+			break;
+		usleep(1000);
+	}
+	if (write(fd, "0", 1) != 1)
+		_exit(4);
+	_exit(i == AT_ONCE_MS);
+}
+
+/* As containers and the host's suspend do */
+TEST_F(kvmi, signal_freezer)
+{
+	struct kvm_vcpu *vcpu = self->vcpu;
+	struct kvm_vm *vm = vcpu->vm;
+	const char *missing;
+	struct runner r;
+	struct event ev;
+	char dir[64];
+	int status;
+	pid_t pid;
+
+	missing = make_cgroup(dir, sizeof(dir));
+	if (missing) {
+		ksft_print_msg("can't get %s\n", missing);
+		SKIP(return, "no cgroups here");
+	}
+
+	vcpu_arch_set_entry_point(vcpu, guest_count);
+	start_to_pause(&r, vcpu, &ev);
+	pid = freeze_soon(dir);
+	join(&r);
+	TEST_ASSERT_EQ(r.err, EINTR);
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status,
+		    "freezing fails with %#x", status);
+
+	/* The event is open still */
+	start(&r, vcpu);
+	assert_guest_stands(vm);
+	assert_quiet();
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+	stop_guest(&r);
+	unhook(vm);
+	leave_cgroup(dir);
+}
+
+static unsigned long kernel_memory(const char *dir)
+{
+	char buf[4096], *kernel;
+
+	read_cgroup(dir, "memory.stat", buf);
+	kernel = strstr(buf, "\nkernel ");
+	TEST_ASSERT(kernel, "memory.stat has no kernel");
+	return strtoul(kernel + 8, NULL, 10);
+}
+
+/* Not all of it: it is counted in batches */
+static void assert_more_memory(const char *dir, unsigned long before,
+			       unsigned long more, const char *what)
+{
+	unsigned long after = kernel_memory(dir);
+
+	TEST_ASSERT(after - before > more / 10 * 9,
+		    "of %lu bytes for %s, the group sees %lu", more, what,
+		    after - before);
+}
+
+#define SPARSE_GPA	0x100000000ull
+#define SPARSE_SLOT	11
+#define SPARSE_PAGES	(1u << 18)
+
+/* What the tool makes KVM allocate is on the VM's account */
+TEST_F(kvmi, memory_accounted)
+{
+	const unsigned int pages = 65536 / PAGE_SIZE;
+	struct kvm_vm *vm = self->vcpu->vm;
+	unsigned long before;
+	static u8 buf[4096];
+	const char *missing;
+	unsigned int i;
+	char dir[64];
+
+	missing = make_cgroup(dir, sizeof(dir));
+	if (missing) {
+		ksft_print_msg("can't get %s\n", missing);
+		SKIP(return, "no cgroups here");
+	}
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, pages, 0);
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, SPARSE_GPA,
+				    SPARSE_SLOT, SPARSE_PAGES, 0);
+	hook(vm);
+	/* There, and mapped, already */
+	for (i = 0; i < pages; i++)
+		assert_err(write_physical(EXTRA_GPA + i * PAGE_SIZE, PAGE_SIZE,
+					  memset(buf, 0, sizeof(buf))), 0);
+
+	before = kernel_memory(dir);
+	memset(buf, 0xcc, sizeof(buf));
+	for (i = 0; i < pages; i++)
+		assert_err(write_physical(EXTRA_GPA + i * PAGE_SIZE, PAGE_SIZE,
+					  buf), 0);
+	assert_more_memory(dir, before, 65536 * 32ul, "the journal");
+
+	/* A node of 64 entries for every 1024 pages */
+	before = kernel_memory(dir);
+	for (i = 0; i < SPARSE_PAGES; i += 1024)
+		assert_err(set_page_access(SPARSE_GPA + (u64)i * PAGE_SIZE, 0),
+			   0);
+	assert_more_memory(dir, before, SPARSE_PAGES / 1024 * 576ul,
+			   "page restrictions");
+
+	unhook(vm);
+	leave_cgroup(dir);
+}
+
 FIXTURE(kvmi_off) {
 	struct kvm_vm *vm;
 };
@@ -6905,6 +7580,12 @@ TEST_F(kvmi_off, param_off_event)
 TEST_F(kvmi_off, param_off_preunhook)
 {
 	assert_ioctl(self->vm, KVM_INTROSPECTION_PREUNHOOK, NULL, EPERM);
+}
+
+TEST_F(kvmi_off, param_off_status)
+{
+	ASSERT_NE(0, ioctl(self->vm->fd, KVM_INTROSPECTION_STATUS, NULL));
+	ASSERT_EQ(EPERM, errno);
 }
 
 int main(int argc, char *argv[])

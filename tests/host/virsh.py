@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""libvirt in the AMD host: the daemons, virsh, and the domain that the libvirt scenarios share.
+
+The daemons are Debian's, configured for a host without systemd, cgroups and a user of QEMU's own; all of it lives in the
+host's scratch /etc, /run and /var.
+"""
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import inside
+from inside import BUILD, HOT, QMP, Guest, Late, QMPError, Watch, symbols, wait_until
+
+HOST_UUID = "6b766d69-0000-4000-8000-0000000000{:02x}"
+
+
+class VirshError(Exception):
+    pass
+
+
+class Job:
+    """A virsh that runs meanwhile."""
+
+    def __init__(self, argv, timeout):
+        self.argv, self.timeout, self.begin = argv, timeout, time.monotonic()
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def result(self):
+        try:
+            out, _ = self.process.communicate(timeout=max(self.begin + self.timeout - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, _ = self.process.communicate()
+            raise Late(f"{' '.join(self.argv)} did not end within {self.timeout} s; it said: {out}") from None
+        self.took = time.monotonic() - self.begin
+        if self.process.returncode:
+            raise VirshError(f"{' '.join(self.argv)}: {out.strip()}")
+        return out
+
+
+class Libvirtd:
+    """One host's libvirtd. A second one, for migration, lives in a mount namespace of its own."""
+
+    def __init__(self, name="one"):
+        self.name = name
+        self.dir = Path("/run/libvirt-" + name)
+        self.uri = "qemu:///system"
+        self.prefix = []
+        if name != "one":
+            self.uri = f"qemu+unix:///system?socket={self.dir}/run/libvirt-sock"
+
+    def running(self):
+        try:
+            os.kill(int((self.dir / "libvirtd.pid").read_text()), 0)
+            return True
+        except (OSError, ValueError):
+            return False
+
+    def start(self):
+        """Does nothing if it runs."""
+        if self.running():
+            return self
+        self.dir.mkdir(parents=True, exist_ok=True)
+        script = self.dir / "start"
+        number = 1 if self.name == "one" else 2
+        private = "" if self.name == "one" else f"""
+            for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
+                mkdir -p $d
+                mount -t tmpfs tmpfs $d
+            done
+            mkdir -p {self.dir}/run /run/libvirt
+            mount --bind {self.dir}/run /run/libvirt
+        """
+        script.write_text(f"""set -eu
+            hostname {self.name}
+            # Debian's package libvirt-daemon-system makes them
+            grep -q libvirt-qemu /etc/group || echo libvirt-qemu:x:64055: >>/etc/group
+            grep -q libvirt-qemu /etc/passwd ||
+                echo libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin >>/etc/passwd
+            {private}
+            mkdir -p /etc/libvirt /run/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt
+            cat >/etc/libvirt/qemu.conf <<END
+user = "root"
+group = "root"
+dynamic_ownership = 0
+remember_owner = 0
+security_driver = "none"
+namespaces = []
+cgroup_controllers = []
+migration_port_min = {49132 + 20 * number}
+migration_port_max = {49151 + 20 * number}
+END
+            cat >/etc/libvirt/libvirtd.conf <<END
+auth_unix_rw = "none"
+unix_sock_group = "root"
+host_uuid = "{HOST_UUID.format(number)}"
+log_filters = "1:qemu.qemu_monitor 3:*"
+log_outputs = "1:file:{self.dir}/log"
+END
+            virtlogd -d -p {self.dir}/virtlogd.pid
+            libvirtd -d -p {self.dir}/libvirtd.pid
+        """)
+        argv = ["sh", str(script)]
+        if self.name != "one":
+            argv = ["unshare", "-mu", "--propagation", "private", *argv]
+        # Not pipes: the daemons keep what they inherit.
+        with open(self.dir / "output", "w+") as output:
+            r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60)
+            output.seek(0)
+            assert r.returncode == 0, f"libvirtd did not start: {output.read()}"
+        self.virsh("uri", timeout=60)
+        return self
+
+    def stop(self):
+        for name in ("libvirtd", "virtlogd"):
+            try:
+                os.kill(int((self.dir / f"{name}.pid").read_text()), signal.SIGTERM)
+            except (OSError, ValueError):
+                pass
+        wait_until(lambda: not self.running(), 20, "libvirtd's end")
+
+    def begin(self, *words, timeout=60):
+        """Start a virsh; its result() has the output."""
+        return Job(["virsh", "-c", self.uri, "-q", *(str(w) for w in words)], timeout)
+
+    def virsh(self, *words, timeout=60):
+        return self.begin(*words, timeout=timeout).result()
+
+    def log(self):
+        return (self.dir / "log").read_text(errors="replace") if (self.dir / "log").exists() else ""
+
+
+class Domain(Guest):
+    """A domain with our QEMU and the kvmi object; what inside.Guest offers by its console and QMP works here, too."""
+
+    def __init__(self, libvirtd, name="guest"):
+        super().__init__()
+        self.libvirtd, self.name = libvirtd, name
+        self.dir = Path("/run/domains") / name
+        self.serial = self.dir / "serial"
+        self.trace = self.dir / "trace"
+        self.disk = self.dir / "disk.qcow2"
+
+    def xml(self, kvmi=True):
+        """Dies by what a test expects it to survive: destroy means that."""
+        arguments = ["-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-D", self.trace, "-msg", "timestamp=on"]
+        if kvmi:
+            arguments += ["-trace", "kvmi_*", "-trace", "stop_gate_*",
+                          "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", "kvmi,id=kvmi0,chardev=tool"]
+        return f"""<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{self.name}</name>
+  <memory unit='MiB'>256</memory>
+  <vcpu>2</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>{BUILD}/linux/vmlinuz</kernel>
+    <initrd>{BUILD}/host/libvirt-guest.cpio</initrd>
+    <cmdline>{self.cmdline} pci=lastbus=16</cmdline>
+  </os>
+  <features><acpi/><apic/></features>
+  <cpu mode='host-passthrough'><feature policy='disable' name='svm'/></cpu>
+  <on_reboot>restart</on_reboot>
+  <pm><suspend-to-mem enabled='yes'/></pm>
+  <devices>
+    <emulator>{BUILD}/qemu/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2'/>
+      <source file='{self.disk}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <controller type='usb' model='none'/>
+    <serial type='file'><source path='{self.serial}' append='on'/></serial>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <memballoon model='none'/>
+  </devices>
+  <qemu:commandline>
+{chr(10).join(f"    <qemu:arg value='{a}'/>" for a in arguments)}
+  </qemu:commandline>
+</domain>
+"""
+
+    def virsh(self, command, *words, timeout=60):
+        return self.libvirtd.virsh(command, self.name, *words, timeout=timeout)
+
+    def begin(self, command, *words, timeout=60):
+        return self.libvirtd.begin(command, self.name, *words, timeout=timeout)
+
+    def state(self):
+        return self.virsh("domstate").strip()
+
+    def create_disk(self):
+        subprocess.run([str(BUILD / "qemu/bin/qemu-img"), "create", "-q", "-f", "qcow2", str(self.disk), "64M"], check=True, timeout=30)
+
+    def define(self, **options):
+        self.dir.mkdir(parents=True, exist_ok=True)
+        inside.DIR.mkdir(parents=True, exist_ok=True)       # for the tool's socket
+        xml = self.dir / "xml"
+        xml.write_text(self.xml(**options))
+        self.libvirtd.virsh("define", xml)
+
+    def start(self, **options):
+        """A new domain, booted; nothing is left of an old one."""
+        self.remove()
+        self.define(**options)
+        self.create_disk()
+        self.virsh("start")
+        self.booted()
+        return self
+
+    def booted(self):
+        self.attach()
+        self.wait_alive(120)
+
+    def remove(self):
+        for words in (("destroy",), ("undefine", "--managed-save", "--snapshots-metadata")):
+            try:
+                self.virsh(*words)
+            except VirshError:
+                pass
+        subprocess.run(["rm", "-rf", self.dir], check=True)
+
+    def attach(self):
+        """A QMP connection to the QEMU that runs now."""
+        if self.qmp:
+            self.qmp.close()
+        self.qmp = QMP(self.dir / "qmp")
+
+    def kill(self):
+        self.remove()
+
+    def alive(self):
+        try:
+            if self.state() != "running":
+                return False
+            self.attach()
+            self.wait_alive(20)
+            return True
+        except (AssertionError, OSError, QMPError, VirshError):
+            return False
+
+    def dump(self, start, end):
+        path = self.dir / "memory"
+        self.qmp.execute("pmemsave", timeout=60, val=start, size=end - start, filename=str(path))
+        data = path.read_bytes()
+        path.unlink()
+        return data
