@@ -30,6 +30,7 @@ struct sim {
 	int event_before;		/* an event before this answer */
 	unsigned int answer_size;	/* cut (or stretch) answers to this */
 
+	bool no_singlestep;
 	bool old;			/* a KVM without the later commands */
 	uint16_t write_flags;		/* of the last write */
 	unsigned int writes;

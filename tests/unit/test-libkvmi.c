@@ -727,14 +727,14 @@ static void test_walker(void)
 	/* 5 levels at 0x8000, the fourth of which is what 4 levels have */
 	set_entry(sim, 0x8000, 0, 0x1000 | 7);
 	set_entry(sim, 0x8000, 511, 0x1000 | 7);
-	set_entry(sim, 0x8000, 256, 0x1000 | 7);
+	set_entry(sim, 0x8000, 256, 0x1000 | 0x87);
 	set_entry(sim, 0x1000, 0, 0x2000 | 7);
 	set_entry(sim, 0x1000, 511, 0x2000 | 3);	/* not for programs */
 	set_entry(sim, 0x2000, 0, 0x3000 | 7);
 	set_entry(sim, 0x2000, 1, 0x40000000 | 0x81);	/* 1 GiB, read-only */
 	set_entry(sim, 0x2000, 2, 0x7fffffff000 | 7);	/* nowhere */
 	set_entry(sim, 0x3000, 0, 0x4000 | 7);
-	set_entry(sim, 0x3000, 1, 0x200000 | 0x83 | 1ULL << 63);
+	set_entry(sim, 0x3000, 1, 0x200000 | 0x1083 | 1ULL << 63);
 	set_entry(sim, 0x4000, 0, 0x6000 | 7);
 	set_entry(sim, 0x4000, 1, 0x5000 | 0x67);
 	set_entry(sim, 0x4000, 3, 0x7000 | 6);		/* not present */

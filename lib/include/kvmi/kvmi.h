@@ -278,6 +278,8 @@ struct kvmi_vm_version {
 	bool get_max_gfn;	/* kvmi_vm_get_max_gfn() */
 	bool journal;		/* KVM takes INT3s that were left behind out of
 				   the guest; KVMI_VM_WRITE_* */
+	bool set_sregs;		/* kvmi_vcpu_set_sregs() */
+	bool set_msrs;		/* kvmi_vcpu_set_msrs() */
 };
 
 /* Both are zero before kvmi_vm_connect() (or kvmi_vm_wait_hello()).  They live as long as vm. */
