@@ -2,12 +2,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "kvmi.h"
@@ -28,6 +26,9 @@ static const char help[] =
 "  watch   count and print calls of functions of running guest kernels\n"
 "  info    print what a VM allows, then let it go\n"
 "  read    print memory of a VM\n"
+"  ps      list the processes of a Linux guest\n"
+"  modules list its kernel modules\n"
+"  dump    write the memory of a VM to a file\n"
 "\n"
 "'kvmi COMMAND --help' tells about each.\n";
 
@@ -98,72 +99,6 @@ struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 	return listener;
 }
 
-static volatile sig_atomic_t interrupted;
-
-static void on_signal(int signal)
-{
-	(void)signal;
-	interrupted = 1;
-}
-
-struct kvmi_vm *wait_for_vm(const struct one_vm_options *options,
-			    uint64_t commands, uint64_t events)
-{
-	/* no SA_RESTART: poll() ends */
-	struct sigaction action = { .sa_handler = on_signal };
-	struct kvmi_listener *listener;
-	struct kvmi_vm *vm = NULL;
-	struct kvmi_error err;
-	enum kvmi_status status;
-	time_t end = 0;
-
-	listener = start_listening(options->socket, options->key_file, 0);
-	if (!listener)
-		return NULL;
-
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	if (options->timeout_s)
-		end = time(NULL) + options->timeout_s;
-
-	while (!interrupted) {
-		struct pollfd poll_fd = {
-			.fd = vm ? kvmi_vm_fd(vm) : kvmi_listener_fd(listener),
-			.events = POLLIN,
-		};
-
-		if (end && time(NULL) >= end) {
-			complain(vm ? "a VM has connected to %s, but it is paused" :
-				 "no VM has connected to %s", options->socket);
-			break;
-		}
-		if (poll(&poll_fd, 1, 1000) <= 0)
-			continue;
-		if (!vm) {
-			status = kvmi_listener_accept(listener, &vm, &err);
-			/* while it is paused, QEMU connects but says nothing */
-			if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
-				continue;
-		} else {
-			status = kvmi_vm_connect(vm, commands, events, &err);
-			/* not allowed: maybe they can do without */
-			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED) {
-				kvmi_listener_free(listener);
-				return vm;
-			}
-		}
-		complain("%s", err.message);
-		kvmi_vm_close(vm);
-		vm = NULL;
-		if (status == KVMI_ERR_SYSTEM)
-			break;
-	}
-	kvmi_vm_close(vm);
-	kvmi_listener_free(listener);
-
-	return NULL;
-}
-
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -173,6 +108,9 @@ int main(int argc, char **argv)
 		{ "watch", watch_main },
 		{ "info", info_main },
 		{ "read", read_main },
+		{ "ps", ps_main },
+		{ "modules", modules_main },
+		{ "dump", dump_main },
 	};
 	size_t i;
 

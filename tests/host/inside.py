@@ -234,6 +234,20 @@ class Guest:
         except (AssertionError, OSError, QMPError):
             return False
 
+    def ask(self, wish, answer):
+        """Has the guest's program do something (see obey() in guest/busy.c), by a letter put into its memory; waits for the answer."""
+        where = int(re.search(r"control-physical 0x(\w+)", self.output()).group(1), 16)
+        said = len(self.output())
+        with RawTool() as tool:
+            tool.accept().answer()
+            wait_until(lambda: self.qmp.execute("query-kvmi")["state"] == "hooked", 20, "the session that asks the guest")
+            error, _ = tool.command(WRITE_PHYSICAL, struct.pack("=QHHII", where, 4, 0, 0, ord(wish)))
+            assert error == 0, f"WRITE_PHYSICAL gave {error}"
+        wait_until(lambda: self.qmp.execute("query-kvmi")["state"] == "connecting", 20, "the end of that session")
+        if answer:
+            wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 20, f"the guest to say '{answer}'")
+        return self.output()[said:]
+
     def text(self):
         """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
         out = self.output()
@@ -348,6 +362,20 @@ class Watch:
         while not self.lines.ended and time.monotonic() < end:
             self.pump(end - time.monotonic())
         return self.process.wait(max(end - time.monotonic(), 0.1))
+
+
+def kvmi(command, *arguments, timeout=60, status=0, socket=True):
+    """Runs a command of the tool that ends by itself; returns (what it printed, what it complained about)."""
+    argv = [str(BUILD / "tools/kvmi"), command, *(["--socket", str(SOCKET)] if socket else []), *arguments]
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
+    r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, timeout=timeout)
+    out, errors = r.stdout.decode(), r.stderr.decode()
+    assert r.returncode == status, f"kvmi {command} ended with status {r.returncode}: {errors}{out[-2000:]}"
+    return out, errors
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # The numbers of linux/kvmi.h that the client below uses

@@ -8,6 +8,7 @@ They share one guest, to save time. Each begins with the guest running, a kvmi o
 tool; whatever it leaves behind is put right, or the guest replaced, before the next one.
 """
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Watch, symbols, wait_until)
+                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Watch, json_lines, kvmi, symbols, wait_until)
 
 SCENARIOS = {}
 
@@ -620,6 +621,82 @@ def object_errors(g):
         else:
             raise AssertionError(f"{options} was accepted")
     g.qmp.execute("object-add", **g.kvmi_options())
+
+
+MAP = ("--system-map", str(BUILD / "linux/System.map"))
+
+
+@scenario()
+def tool_ps_and_modules(g):
+    """kvmi ps and kvmi modules say what the guest's own /proc says; the types are read from its memory."""
+    told = g.ask("l", "told")
+    # PID (COMM) STATE PPID
+    expected = {int(pid): (comm, int(ppid)) for pid, comm, ppid in re.findall(r"process (\d+) \((.*)\) \S (\d+) ", told)}
+    assert len(expected) > 20, told
+    start = time.monotonic()
+    found = {p["pid"]: p for p in json_lines(kvmi("ps", "--json", *MAP)[0])}
+    print(f"{len(found)} processes after {time.monotonic() - start:.1f} s")
+    # kernel workers come and go
+    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker")}
+    for pid, (comm, ppid) in lasting.items():
+        comm = comm[:15]        # /proc knows the rest of a kernel thread's name
+        assert pid in found, f"no process {pid} ({comm}) in {found}"
+        assert (found[pid]["comm"], found[pid]["ppid"]) == (comm, ppid), f"{found[pid]} instead of {comm} of {ppid}"
+    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith("kworker")}
+    assert not extra, f"processes the guest does not know: {extra}"
+    init = found[1]
+    assert not init["kernel"] and int(init["cr3"], 16) and init["uid"] == 0, init
+    assert found[2]["kernel"] and found[2]["cr3"] == "0x0", found[2]
+    # the same with what was given, all threads, and nothing moving
+    threads = json_lines(kvmi("ps", "--json", "--threads", "--pause", *MAP)[0])
+    mine = [t for t in threads if t["pid"] == 1]
+    assert len(mine) == 3 and len({t["tid"] for t in mine}) == 3, mine    # the guest's program has one for each CPU, and the first
+    text = kvmi("ps", *MAP)[0]
+    assert re.search(r"^ +1 +0 +0 [RSD] +\w+ init$", text, re.M) and "[kthreadd]" in text, text
+
+    modules = re.findall(r"module (\w+) (\d+) (\d+) \S+ (\w+) 0x(\w+)", told)
+    assert modules, told
+    found = [(m["name"], m["size"], m["references"], m["state"], int(m["base"], 16)) for m in json_lines(kvmi("modules", "--json", *MAP)[0])]
+    assert found == [(n, int(s), int(r), state.lower(), int(b, 16)) for n, s, r, state, b in modules], f"{found} instead of {modules}"
+    assert "evdev" in kvmi("modules", *MAP)[0]
+    # types that are not there
+    assert "neither vmlinux nor BTF" in kvmi("ps", *MAP, "--btf", "/dev/null", status=1)[1]
+    g.wait_alive()
+
+
+@scenario()
+def tool_dump(g):
+    """kvmi dump writes what QEMU's own dump has, as it is and as a core file with the registers of both vCPUs; holes are holes."""
+    start, end, virtual = g.text()
+    start, end = start & ~4095, start + (1 << 20)
+    expected = g.dump(start, end)
+    path = DIR / "core"
+    kvmi("dump", "--pause", "--quiet", "--format", "raw", "--range", f"{start},{end - start}", str(path))
+    same_memory(expected, path.read_bytes(), "raw dump")
+
+    # the last MiB of memory, and one behind it
+    kvmi("dump", "--pause", "--quiet", "--range", "0xff00000,0x200000", str(path))
+    core = path.read_bytes()
+    assert core[:4] == b"\x7fELF" and struct.unpack_from("<H", core, 16)[0] == 4, "not a core file"
+    count, = struct.unpack_from("<H", core, 56)
+    programs = [struct.unpack_from("<IIQQQQQ", core, 64 + 56 * i) for i in range(count)]
+    (note, _, at, _, _, size, _), (load, _, offset, _, physical, length, _) = programs
+    assert (note, load, physical, length) == (4, 1, 0xff00000, 0x100000), programs
+    notes = core[at:at + size]
+    assert notes.count(b"CORE\0") == 2 and notes.count(b"QEMU\0") == 2, "registers of two vCPUs"
+    g.qmp.execute("stop")
+    # most of that memory is idle
+    now = g.dump(physical, physical + length)
+    same = sum(core[offset + i:offset + i + 4096] == now[i:i + 4096] for i in range(0, length, 4096))
+    assert same > 200, f"{same} of 256 pages are what they are in QEMU's dump"
+    assert any(now), "there is nothing in that memory"
+    cont(g)
+    readelf = subprocess.run(["readelf", "-n", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout.decode()
+    assert readelf.count("NT_PRSTATUS") == 2 and "Warning" not in readelf, readelf
+
+    assert "no memory" in kvmi("dump", "--quiet", "--range", "0x20000000,0x100000", str(path), status=1)[1]
+    assert not path.exists(), "an incomplete dump was left behind"
+    g.wait_alive()
 
 
 @scenario(timeout=120)

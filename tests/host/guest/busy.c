@@ -6,10 +6,13 @@
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
  * tells twice a second how far it is: that is how a test sees that the guest is alive.
  *
+ * A test asks it for more by writing into its memory from outside, see struct control.
+ *
  * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
  * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/input.h>
@@ -19,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
@@ -132,6 +136,87 @@ static void *agent(void *device)
 	return NULL;
 }
 
+/* What a test may ask for: inside.py's Guest.ask() */
+static struct {
+	volatile unsigned int wish;	/* a letter */
+	char page[4092];
+} control __attribute__((aligned(4096)));
+
+static void tell_control(void)
+{
+	unsigned long entry = 0, address = (unsigned long)&control;
+	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	control.wish = 0;
+	if (mlock(&control, sizeof(control)) || pread(fd, &entry, 8, address / 4096 * 8) != 8)
+		perror("guest: pagemap");
+	close(fd);
+	printf("guest: control-physical 0x%lx\n", (entry & ((1UL << 55) - 1)) * 4096);
+}
+
+static void tell_line(const char *what, const char *path)
+{
+	char line[512];
+	FILE *f = fopen(path, "r");
+
+	while (f && fgets(line, sizeof(line), f))
+		printf("guest: %s %s", what, line);
+	if (f)
+		fclose(f);
+}
+
+/* What ps and lsmod would say */
+static void tell_processes(void)
+{
+	DIR *dir = opendir("/proc");
+	struct dirent *entry;
+	char path[300];
+
+	while (dir && (entry = readdir(dir))) {
+		if (entry->d_name[0] < '0' || entry->d_name[0] > '9')
+			continue;
+		snprintf(path, sizeof(path), "/proc/%s/stat", entry->d_name);
+		tell_line("process", path);
+	}
+	if (dir)
+		closedir(dir);
+	tell_line("module", "/proc/modules");
+	printf("guest: told\n");
+}
+
+/* A static key: each change makes the kernel rewrite its own code */
+static void patch_kernel(int on)
+{
+	int fd = open("/proc/sys/kernel/sched_schedstats", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 || write(fd, on ? "1" : "0", 1) != 1)
+		perror("guest: sched_schedstats");
+	close(fd);
+}
+
+static void obey(void)
+{
+	static int patching, patched;
+
+	switch (control.wish) {
+	case 'l':	/* list */
+		tell_processes();
+		break;
+	case 'p':	/* patch the kernel over and over */
+		patching = 1;
+		break;
+	case 'q':	/* quiet again */
+		patching = 0;
+		if (patched)
+			patch_kernel(patched = 0);
+		printf("guest: quiet\n");
+		break;
+	}
+	control.wish = 0;
+	if (patching)
+		patch_kernel(patched = !patched);
+}
+
 static void start(void *(*function)(void *), const void *argument)
 {
 	pthread_t thread;
@@ -143,9 +228,10 @@ static void start(void *(*function)(void *), const void *argument)
 
 static void be_operable(void)
 {
-	static const char *const modules[] = { "/modules/button.ko", "/modules/evdev.ko", "/modules/virtio_blk.ko" };
+	static const char *const modules[] = { "/modules/button.ko", "/modules/virtio_blk.ko" };
 	static char devices[8][32];
 
+	load_module("/modules/evdev.ko");
 	if (access(modules[0], F_OK))
 		return;
 	mkdir("/dev", 0755);
@@ -168,6 +254,7 @@ int main(void)
 	mkdir("/proc", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
 	tell_kernel_text();
+	tell_control();
 	printf("guest: cpus %ld\n", cpus);
 	be_operable();
 	for (long cpu = 0; cpu < cpus; cpu++)
@@ -176,6 +263,7 @@ int main(void)
 		struct timespec pause = { .tv_nsec = 500000000 };
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
+		obey();
 		fflush(stdout);
 		nanosleep(&pause, NULL);
 	}
