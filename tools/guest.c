@@ -424,3 +424,21 @@ bool guest_resolve(const struct guest *guest, const struct symbols *map,
 
 	return true;
 }
+
+void guest_describe(const struct guest *guest, const struct symbols *map,
+		    uint64_t address, char *text, size_t size)
+{
+	const struct symbols *symbols = guest_symbols(guest, map);
+	const struct symbol *symbol = NULL;
+	uint64_t end = address_of(guest, map, "_end");
+
+	if (symbols && address >= guest->text_start && end && address < end)
+		symbol = symbols_at(symbols, address - guest->offset);
+	if (!symbol)
+		snprintf(text, size, "0x%" PRIx64, address);
+	else if (symbol->address + guest->offset == address)
+		snprintf(text, size, "%s", symbol->name);
+	else
+		snprintf(text, size, "%s+0x%" PRIx64, symbol->name,
+			 address - symbol->address - guest->offset);
+}

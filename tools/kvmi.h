@@ -22,6 +22,7 @@ int read_main(int argc, char **argv);
 int ps_main(int argc, char **argv);
 int modules_main(int argc, char **argv);
 int dump_main(int argc, char **argv);
+int protect_main(int argc, char **argv);
 
 /* -1 unless text is a number in [least, most] */
 int parse_number(const char *text, uint64_t least, uint64_t most,

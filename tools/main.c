@@ -27,6 +27,7 @@ static const char help[] =
 "  info    print what a VM allows, then let it go\n"
 "  read    print memory of a VM\n"
 "  ps      list the processes of a Linux guest\n"
+"  protect tell who writes to the code of running guest kernels\n"
 "  modules list its kernel modules\n"
 "  dump    write the memory of a VM to a file\n"
 "\n"
@@ -111,6 +112,7 @@ int main(int argc, char **argv)
 		{ "ps", ps_main },
 		{ "modules", modules_main },
 		{ "dump", dump_main },
+		{ "protect", protect_main },
 	};
 	size_t i;
 

@@ -245,7 +245,7 @@ class Guest:
             assert error == 0, f"WRITE_PHYSICAL gave {error}"
         wait_until(lambda: self.qmp.execute("query-kvmi")["state"] == "connecting", 20, "the end of that session")
         if answer:
-            wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 20, f"the guest to say '{answer}'")
+            wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
         return self.output()[said:]
 
     def text(self):
@@ -301,15 +301,13 @@ def symbols():
     return found
 
 
-class Watch:
-    """`kvmi watch --json` and what it said so far."""
+class Tool:
+    """A command of the tool that stays, `kvmi COMMAND --json`, and what it said so far."""
 
-    def __init__(self, *breaks, system_map=True, options=()):
-        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json", *options]
+    def __init__(self, command, *options, system_map=True):
+        argv = [str(BUILD / "tools/kvmi"), command, "--socket", str(SOCKET), "--json", *options]
         if system_map:
             argv += ["--system-map", str(BUILD / "linux/System.map")]
-        for b in breaks:
-            argv += ["--break", b]
         env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
         self.errors = open("/run/watch.stderr", "w+")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, env=env)
@@ -362,6 +360,13 @@ class Watch:
         while not self.lines.ended and time.monotonic() < end:
             self.pump(end - time.monotonic())
         return self.process.wait(max(end - time.monotonic(), 0.1))
+
+
+class Watch(Tool):
+    """`kvmi watch` with these breakpoints."""
+
+    def __init__(self, *breaks, system_map=True, options=()):
+        super().__init__("watch", *(o for b in breaks for o in ("--break", b)), *options, system_map=system_map)
 
 
 def kvmi(command, *arguments, timeout=60, status=0, socket=True):

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Watch, json_lines, kvmi, symbols, wait_until)
+                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, symbols, wait_until)
 
 SCENARIOS = {}
 
@@ -691,12 +691,56 @@ def tool_dump(g):
     assert same > 200, f"{same} of 256 pages are what they are in QEMU's dump"
     assert any(now), "there is nothing in that memory"
     cont(g)
-    readelf = subprocess.run(["readelf", "-n", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout.decode()
+    readelf = subprocess.run(["readelf", "-n", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout.decode(errors="replace")
     assert readelf.count("NT_PRSTATUS") == 2 and "Warning" not in readelf, readelf
 
     assert "no memory" in kvmi("dump", "--quiet", "--range", "0x20000000,0x100000", str(path), status=1)[1]
     assert not path.exists(), "an incomplete dump was left behind"
     g.wait_alive()
+
+
+@scenario()
+def tool_protect(g):
+    """kvmi protect sees the kernel rewrite its own code, and who did it; not hindered, the guest runs on; a stop finds nothing left."""
+    before = code(g)
+    with Tool("protect") as t:
+        protected = t.event("protected", timeout=40)
+        s = symbols()
+        pages = {name: (-(-s[end] // 4096) - s[start] // 4096) for name, start, end in (
+            ("text", "_stext", "_etext"), ("rodata", "__start_rodata", "__end_rodata"))}
+        assert {k: protected[k] for k in pages} == pages, f"{protected} instead of {pages}"
+        g.wait_alive()
+        t.mark()
+        assert not [e for e in t.said if e["event"] == "violation"], "violations in a guest that does nothing of the kind"
+        t.signal(signal.SIGINT)
+        assert t.finish() == 0
+        t.event("clean")
+    g.ask("p", None)
+    with Tool("protect", "--text") as t:
+        for _ in range(2):
+            mark = t.mark()
+            v = t.event("violation", since=mark, count=3, timeout=40)
+            assert (v["access"], v["area"], v["user"]) == ("write", "text", False), v
+            assert re.match(r"(__)?(text_poke|memcpy)", v["by"]), v
+            offset = t.event("ready")["offset"]
+            assert v["registers"]["rip"] == v["rip"] and s["_stext"] <= int(v["address"], 16) - int(offset, 16) < s["_etext"], v
+            mark = t.mark()
+            data, stopped = stop(g)
+            expect("clean", data)
+            assert t.event("clean", since=mark)["ts"] <= stopped["us"]
+            cont(g)
+        t.event("violation", since=t.mark(), timeout=40)
+        print(f"{len([e for e in t.said if e['event'] == 'violation'])} violations, unhooked after {data['duration']} µs")
+    by = v["by"].split("+")[0]
+    with Tool("protect", "--text", "--ignore", by) as t:
+        t.event("protected", timeout=40)
+        summary = t.event("summary", timeout=40)
+        assert summary["ignored"] > 0 and summary["violations"] == 0, summary
+        t.signal(signal.SIGTERM)
+        assert t.finish() == 0
+    g.ask("q", "quiet")
+    g.wait_alive()
+    same_memory(before, code(g), "patched and patched back")
 
 
 @scenario(timeout=120)
