@@ -33,7 +33,7 @@ static const char help[] =
 "\n"
 "Waits for a VM, writes its memory to FILE and lets it go.  It runs on meanwhile,\n"
 "unless --pause is given.  Pages that are zero or not there take no room in FILE.\n"
-"A FILE that is not complete is deleted.\n"
+"Until it is complete it is called FILE.part; what is not completed is deleted.\n"
 "\n"
 "Options:\n"
 "  -F, --format FORMAT    elf: a core file as QEMU's dump-guest-memory makes it,\n"
@@ -43,7 +43,7 @@ static const char help[] =
 "  -r, --range START,LENGTH\n"
 "                         only this part, in guest-physical bytes\n"
 "  -q, --quiet            do not tell how far it is\n"
-ONE_VM_PAUSE_HELP ONE_VM_SOCKET_HELP;
+ONE_VM_PAUSE_HELP ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP;
 
 struct part {
 	uint64_t start;
@@ -54,7 +54,7 @@ struct dump {
 	struct one_vm one;
 	bool raw;
 	bool quiet;
-	const char *path;
+	const char *path;	/* of what is being written */
 	int fd;
 	uint64_t start;
 	uint64_t end;
@@ -110,18 +110,19 @@ struct qemu_cpu_state {
 	uint64_t kernel_gs_base;
 };
 
+/* In a file all parts of a note are aligned to 4 bytes, not to 8 */
 struct notes {
 	struct {
 		Elf64_Nhdr header;
 		char name[8];
 		struct elf_prstatus status;
-	} core;
+	} __attribute__((packed, aligned(4))) core;
 	struct {
 		Elf64_Nhdr header;
 		char name[8];
 		struct qemu_cpu_state state;
-	} qemu;
-};
+	} __attribute__((packed, aligned(4))) qemu;
+} __attribute__((packed, aligned(4)));
 
 static struct qemu_segment to_qemu(const struct kvm_segment *s)
 {
@@ -482,7 +483,7 @@ static int parse_range(struct dump *dump, const char *text)
 int dump_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		ONE_VM_SOCKET_OPTIONS, ONE_VM_PAUSE_OPTIONS,
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS, ONE_VM_PAUSE_OPTIONS,
 		{ "format", required_argument, NULL, 'F' },
 		{ "range", required_argument, NULL, 'r' },
 		{ "quiet", no_argument, NULL, 'q' },
@@ -491,8 +492,9 @@ int dump_main(int argc, char **argv)
 	struct dump dump = { .fd = -1 };
 	struct stat info;
 	int option, result;
+	char *part;
 
-	while ((option = getopt_long(argc, argv, "F:r:q" ONE_VM_SOCKET
+	while ((option = getopt_long(argc, argv, "F:r:q" ONE_VM_SOCKET ONE_VM_TIMEOUT
 				     ONE_VM_PAUSE, options, NULL)) >= 0) {
 		switch (option) {
 		case 'F':
@@ -520,13 +522,21 @@ int dump_main(int argc, char **argv)
 		return result;
 
 	/* Memory holds secrets: nobody else's business */
-	dump.path = argv[optind];
-	dump.fd = open(dump.path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	if (dump.fd < 0 || fstat(dump.fd, &info) || !S_ISREG(info.st_mode)) {
-		complain("%s: %s", dump.path, dump.fd < 0 ? strerror(errno) :
-			 "not a regular file");
-		if (dump.fd >= 0)
-			close(dump.fd);
+	if (asprintf(&part, "%s.part", argv[optind]) < 0) {
+		complain("out of memory");
+		return EXIT_PROBLEM;
+	}
+	dump.path = part;
+	if (!stat(argv[optind], &info) && !S_ISREG(info.st_mode)) {
+		complain("%s: not a regular file", argv[optind]);
+		free(part);
+		return EXIT_PROBLEM;
+	}
+	dump.fd = open(part, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW |
+		       O_CLOEXEC, 0600);
+	if (dump.fd < 0) {
+		complain("%s: %s", part, strerror(errno));
+		free(part);
 		return EXIT_PROBLEM;
 	}
 	result = one_vm_connect(&dump.one, KVMI_SET(KVMI_CMD_VM_READ_PHYSICAL) |
@@ -540,11 +550,16 @@ int dump_main(int argc, char **argv)
 		result = EXIT_PROBLEM;
 	one_vm_close(&dump.one);
 	if (close(dump.fd) && result == EXIT_OK) {
-		complain("%s: %s", dump.path, strerror(errno));
+		complain("%s: %s", part, strerror(errno));
+		result = EXIT_PROBLEM;
+	}
+	if (result == EXIT_OK && rename(part, argv[optind])) {
+		complain("%s: %s", argv[optind], strerror(errno));
 		result = EXIT_PROBLEM;
 	}
 	if (result != EXIT_OK)
-		unlink(dump.path);
+		unlink(part);
+	free(part);
 
 	return result;
 }

@@ -16,7 +16,7 @@ static const char help[] =
 "registers of its vCPUs, then lets it go.\n"
 "\n"
 "Options:\n"
-ONE_VM_SOCKET_HELP;
+ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP;
 
 static void print_allowed(struct kvmi_vm *vm, bool events)
 {
@@ -75,7 +75,7 @@ static void print_vcpu(struct kvmi_vm *vm, unsigned int vcpu)
 int info_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		ONE_VM_SOCKET_OPTIONS,
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS,
 		{ 0 },
 	};
 	const struct kvmi_vm_version *version;
@@ -91,7 +91,7 @@ int info_main(int argc, char **argv)
 	int option, result;
 	size_t i;
 
-	while ((option = getopt_long(argc, argv, ONE_VM_SOCKET, options,
+	while ((option = getopt_long(argc, argv, ONE_VM_SOCKET ONE_VM_TIMEOUT, options,
 				     NULL)) >= 0) {
 		result = one_vm_option(&one, option, help);
 		if (result >= 0)

@@ -21,7 +21,11 @@ int info_main(int argc, char **argv);
 int read_main(int argc, char **argv);
 int ps_main(int argc, char **argv);
 int modules_main(int argc, char **argv);
+int doctor_main(int argc, char **argv);
 int dump_main(int argc, char **argv);
+int events_main(int argc, char **argv);
+int stat_main(int argc, char **argv);
+int trace_main(int argc, char **argv);
 int protect_main(int argc, char **argv);
 
 /* -1 unless text is a number in [least, most] */
@@ -44,6 +48,7 @@ struct one_vm {
 	const char *key_file;
 	const char *map_path;
 	const char *btf_path;
+	unsigned int mode;	/* 0: the library's default */
 	unsigned int timeout_s;	/* 0: wait for ever */
 	bool json;
 	bool pause;
@@ -59,12 +64,14 @@ struct one_vm {
  * The options in struct one_vm, for getopt_long(): each command takes those it
  * has a use for.
  */
-#define ONE_VM_SOCKET "s:k:t:h"
+#define ONE_VM_SOCKET "s:k:h"
 #define ONE_VM_SOCKET_OPTIONS \
 	{ "socket", required_argument, NULL, 's' }, \
+	{ "mode", required_argument, NULL, 'M' }, \
 	{ "key-file", required_argument, NULL, 'k' }, \
-	{ "timeout", required_argument, NULL, 't' }, \
 	{ "help", no_argument, NULL, 'h' }
+#define ONE_VM_TIMEOUT "t:"
+#define ONE_VM_TIMEOUT_OPTIONS { "timeout", required_argument, NULL, 't' }
 #define ONE_VM_MAP "m:"
 #define ONE_VM_MAP_OPTIONS { "system-map", required_argument, NULL, 'm' }
 #define ONE_VM_BTF "b:"
@@ -77,10 +84,12 @@ struct one_vm {
 /* The same for --help */
 #define ONE_VM_SOCKET_HELP \
 "  -s, --socket PATH      listen on this unix socket\n" \
+"      --mode OCTAL       permissions of the socket (default: 0600)\n" \
 "  -k, --key-file FILE    the secret that the key= property of QEMU's kvmi\n" \
 "                         object stands for\n" \
-"  -t, --timeout SEC      wait no longer than that for a VM (default: for ever)\n" \
 "  -h, --help             print this\n"
+#define ONE_VM_TIMEOUT_HELP \
+"  -t, --timeout SEC      wait no longer than that for a VM (default: for ever)\n"
 #define ONE_VM_MAP_HELP \
 "  -m, --system-map FILE  the kernel's System.map, for symbols; without it they\n" \
 "                         are read from the guest's memory\n"

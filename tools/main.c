@@ -22,14 +22,22 @@ static const char help[] =
 "\n"
 "Either side may be started first.\n"
 "\n"
-"Commands:\n"
-"  watch   count and print calls of functions of running guest kernels\n"
-"  info    print what a VM allows, then let it go\n"
-"  read    print memory of a VM\n"
-"  ps      list the processes of a Linux guest\n"
-"  protect tell who writes to the code of running guest kernels\n"
-"  modules list its kernel modules\n"
-"  dump    write the memory of a VM to a file\n"
+"Commands that stay, with any number of VMs:\n"
+"  watch    count and print calls of functions of running guest kernels\n"
+"  events   print writes of control registers and MSRs, accesses to pages...\n"
+"  stat     print rates of events, and how long commands take\n"
+"  protect  tell who writes to the code of running guest kernels\n"
+"\n"
+"Commands that look at one VM and go:\n"
+"  info     print what a VM allows\n"
+"  read     print memory\n"
+"  dump     write memory to a file\n"
+"  ps       list the processes of a Linux guest\n"
+"  modules  list the modules of its kernel\n"
+"  trace    print what a vCPU executes, step by step\n"
+"\n"
+"Others:\n"
+"  doctor   tell whether this host is ready, and what is missing\n"
 "\n"
 "'kvmi COMMAND --help' tells about each.\n";
 
@@ -107,11 +115,15 @@ int main(int argc, char **argv)
 		int (*run)(int argc, char **argv);
 	} commands[] = {
 		{ "watch", watch_main },
+		{ "events", events_main },
+		{ "stat", stat_main },
 		{ "info", info_main },
 		{ "read", read_main },
 		{ "ps", ps_main },
 		{ "modules", modules_main },
 		{ "dump", dump_main },
+		{ "doctor", doctor_main },
+		{ "trace", trace_main },
 		{ "protect", protect_main },
 	};
 	size_t i;

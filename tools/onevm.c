@@ -39,8 +39,16 @@ int64_t now_ms(void)
 int one_vm_option(struct one_vm *one, int option, const char *help)
 {
 	uint64_t number;
+	char *end;
 
 	switch (option) {
+	case 'M':
+		one->mode = strtoul(optarg, &end, 8);
+		if (*end || !one->mode || one->mode > 0777) {
+			complain("--mode wants an octal number from 1 to 0777");
+			return EXIT_USAGE;
+		}
+		return -1;
 	case 's':
 		one->socket = optarg;
 		return -1;
@@ -107,7 +115,7 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 	struct kvmi_error err;
 	enum kvmi_status status;
 
-	listener = start_listening(one->socket, one->key_file, 0);
+	listener = start_listening(one->socket, one->key_file, one->mode);
 	if (!listener)
 		return EXIT_PROBLEM;
 

@@ -10,9 +10,9 @@
 #include "output.h"
 
 #define COMMANDS ONE_VM_KERNEL_COMMANDS
-#define OPTIONS ONE_VM_SOCKET ONE_VM_MAP ONE_VM_BTF ONE_VM_JSON ONE_VM_PAUSE
+#define OPTIONS ONE_VM_SOCKET ONE_VM_TIMEOUT ONE_VM_MAP ONE_VM_BTF ONE_VM_JSON ONE_VM_PAUSE
 #define OPTIONS_HELP ONE_VM_JSON_HELP ONE_VM_PAUSE_HELP ONE_VM_BTF_HELP \
-	ONE_VM_MAP_HELP ONE_VM_SOCKET_HELP
+	ONE_VM_MAP_HELP ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP
 
 static const char ps_help[] =
 "Usage: kvmi ps --socket PATH [OPTION]...\n"
@@ -91,7 +91,7 @@ static void print_task(const struct linux_task *task, bool threads, bool json)
 int ps_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		ONE_VM_SOCKET_OPTIONS, ONE_VM_MAP_OPTIONS, ONE_VM_BTF_OPTIONS,
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS, ONE_VM_MAP_OPTIONS, ONE_VM_BTF_OPTIONS,
 		ONE_VM_JSON_OPTIONS, ONE_VM_PAUSE_OPTIONS,
 		{ "threads", no_argument, NULL, 'T' },
 		{ 0 },
@@ -159,7 +159,7 @@ static void print_module(const struct linux_module *module, bool json)
 int modules_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		ONE_VM_SOCKET_OPTIONS, ONE_VM_MAP_OPTIONS, ONE_VM_BTF_OPTIONS,
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS, ONE_VM_MAP_OPTIONS, ONE_VM_BTF_OPTIONS,
 		ONE_VM_JSON_OPTIONS, ONE_VM_PAUSE_OPTIONS,
 		{ 0 },
 	};

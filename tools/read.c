@@ -25,7 +25,7 @@ static const char help[] =
 "  -p, --physical         ADDRESS is a guest-physical one\n"
 "  -c, --vcpu N           use the page tables of vCPU N (default: 0)\n"
 "  -o, --output FILE      write the bytes as they are to FILE\n"
-ONE_VM_MAP_HELP ONE_VM_SOCKET_HELP;
+ONE_VM_MAP_HELP ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP;
 
 static void dump(uint64_t address, const uint8_t *data, size_t size)
 {
@@ -95,7 +95,7 @@ static enum kvmi_status read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 int read_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		ONE_VM_SOCKET_OPTIONS, ONE_VM_MAP_OPTIONS,
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS, ONE_VM_MAP_OPTIONS,
 		{ "physical", no_argument, NULL, 'p' },
 		{ "vcpu", required_argument, NULL, 'c' },
 		{ "output", required_argument, NULL, 'o' },
@@ -113,7 +113,7 @@ int read_main(int argc, char **argv)
 	int option, result;
 	char text[512];
 
-	while ((option = getopt_long(argc, argv, "pc:o:" ONE_VM_SOCKET
+	while ((option = getopt_long(argc, argv, "pc:o:" ONE_VM_SOCKET ONE_VM_TIMEOUT
 				     ONE_VM_MAP, options, NULL)) >= 0) {
 		switch (option) {
 		case 'p':

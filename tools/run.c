@@ -507,7 +507,8 @@ int run_main(struct run *run)
 		complain("cannot start: %s", strerror(errno));
 		return EXIT_PROBLEM;
 	}
-	listener = start_listening(run->one.socket, run->one.key_file, 0);
+	listener = start_listening(run->one.socket, run->one.key_file,
+				   run->one.mode);
 	if (!listener)
 		return EXIT_PROBLEM;
 	if (run->one.json) {

@@ -75,10 +75,7 @@ struct run {
 "  -j, --json             print one JSON object a line\n" \
 "  -m, --system-map FILE  the System.map of the guests' kernel; without it each\n" \
 "                         guest's symbols are read from its own memory\n" \
-"  -s, --socket PATH      listen on this unix socket\n" \
-"  -k, --key-file FILE    the secret that the key= property of QEMU's kvmi\n" \
-"                         object stands for\n" \
-"  -h, --help             print this\n"
+ONE_VM_SOCKET_HELP
 
 /* run->ops, one and options are set; returns the exit status */
 int run_main(struct run *run);

@@ -6,41 +6,9 @@
 #include <elf.h>
 #include <glib.h>
 #include <glib/gstdio.h>
-#include <linux/btf.h>
 
 #include "btf.h"
-
-struct maker {
-	GByteArray *types;
-	GString *strings;
-};
-
-static void add(struct maker *m, const char *name, unsigned int kind,
-		unsigned int vlen, bool bits, uint32_t size_or_type)
-{
-	struct btf_type type = {
-		.name_off = name ? m->strings->len : 0,
-		.info = kind << 24 | vlen | (bits ? 1u << 31 : 0),
-		.size = size_or_type,
-	};
-
-	if (name)
-		g_string_append_len(m->strings, name, strlen(name) + 1);
-	g_byte_array_append(m->types, (uint8_t *)&type, sizeof(type));
-}
-
-static void add_member(struct maker *m, const char *name, uint32_t type,
-		       uint32_t offset)
-{
-	struct btf_member member = {
-		.name_off = name ? m->strings->len : 0,
-		.type = type, .offset = offset,
-	};
-
-	if (name)
-		g_string_append_len(m->strings, name, strlen(name) + 1);
-	g_byte_array_append(m->types, (uint8_t *)&member, sizeof(member));
-}
+#include "btf-maker.h"
 
 /*
  * struct task {			// 64 bytes
@@ -53,16 +21,10 @@ static void add_member(struct maker *m, const char *name, uint32_t type,
  */
 static GByteArray *make(void)
 {
-	struct maker m = { g_byte_array_new(), g_string_new("") };
 	struct btf_array array = { .type = 2, .index_type = 1, .nelems = 16 };
-	struct btf_header header = {
-		.magic = BTF_MAGIC, .version = BTF_VERSION,
-		.hdr_len = sizeof(header),
-	};
-	GByteArray *all = g_byte_array_new();
+	struct maker m = maker_new();
 	uint32_t word = 0;
 
-	g_string_append_len(m.strings, "", 1);
 	add(&m, "int", BTF_KIND_INT, 0, false, 4);			/* 1 */
 	g_byte_array_append(m.types, (uint8_t *)&word, 4);
 	add(&m, "char", BTF_KIND_INT, 0, false, 1);			/* 2 */
@@ -95,16 +57,7 @@ static GByteArray *make(void)
 	add(&m, "user", BTF_KIND_STRUCT, 1, false, 8);			/* 14 */
 	add_member(&m, "loop", 13, 0);
 
-	header.type_len = m.types->len;
-	header.str_off = m.types->len;
-	header.str_len = m.strings->len;
-	g_byte_array_append(all, (uint8_t *)&header, sizeof(header));
-	g_byte_array_append(all, m.types->data, m.types->len);
-	g_byte_array_append(all, (uint8_t *)m.strings->str, m.strings->len);
-	g_byte_array_free(m.types, TRUE);
-	g_string_free(m.strings, TRUE);
-
-	return all;
+	return maker_end(&m);
 }
 
 /* In memory of its own size: an address sanitizer sees any step beyond */

@@ -177,7 +177,7 @@ static void tell_processes(void)
 		if (entry->d_name[0] < '0' || entry->d_name[0] > '9')
 			continue;
 		snprintf(path, sizeof(path), "/proc/%s/stat", entry->d_name);
-		tell_lines("process", path, 36);
+		tell_lines("process", path, 48);
 	}
 	if (dir)
 		closedir(dir);
