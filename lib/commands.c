@@ -18,7 +18,7 @@
 /* How often to ask whether QEMU has set the allow-lists by now */
 #define ALLOW_POLL_MS 5
 
-_Static_assert((int)KVMI_CMD_VCPU_TRANSLATE_GVA == (int)KVMI_VCPU_TRANSLATE_GVA, "ids");
+_Static_assert((int)KVMI_CMD_VCPU_SET_MSRS == (int)KVMI_VCPU_SET_MSRS, "ids");
 _Static_assert((int)KVMI_CMD_VM_SET_PAGE_ACCESS == (int)KVMI_VM_SET_PAGE_ACCESS, "ids");
 _Static_assert((int)KVMI_EV_SINGLESTEP == (int)KVMI_VCPU_EVENT_SINGLESTEP, "ids");
 _Static_assert((int)KVMI_EV_BREAKPOINT == (int)KVMI_VCPU_EVENT_BREAKPOINT, "ids");
@@ -152,6 +152,8 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 		.get_page_access = version.features.get_page_access,
 		.get_max_gfn = version.features.get_max_gfn,
 		.journal = version.features.journal,
+		.set_sregs = version.features.set_sregs,
+		.set_msrs = version.features.set_msrs,
 	};
 	deadline = now_ms() + vm->timeout;
 	pthread_mutex_unlock(&vm->lock);
@@ -789,6 +791,67 @@ enum kvmi_status kvmi_vcpu_set_xsave(struct kvmi_vm *vm, unsigned int vcpu,
 
 	return vcpu_simple(vm, vcpu, KVMI_VCPU_SET_XSAVE, (void *)xsave,
 			   KVMI_XSAVE_SIZE, NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_set_sregs(struct kvmi_vm *vm, unsigned int vcpu,
+				     const struct kvm_sregs *sregs,
+				     struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+
+	if (status != KVMI_OK)
+		return status;
+	if (!sregs)
+		return fail(err, KVMI_ERR_ARGUMENT, "no registers");
+
+	return vcpu_simple(vm, vcpu, KVMI_VCPU_SET_SREGS, (void *)sregs,
+			   sizeof(*sregs), NULL, 0, err);
+}
+
+enum kvmi_status kvmi_vcpu_set_msrs(struct kvmi_vm *vm, unsigned int vcpu,
+				    const uint32_t *msrs,
+				    const uint64_t *values, size_t count,
+				    size_t *done, struct kvmi_error *err)
+{
+	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	struct kvmi_vcpu_hdr header = { .vcpu = vcpu };
+	struct kvmi_vcpu_set_msrs request = { .nmsrs = count };
+	struct kvmi_vcpu_set_msrs_reply reply;
+	struct kvm_msr_entry entries[KVMI_MSRS_MAX] = { 0 };
+	const struct iovec parts[] = {
+		{ &header, sizeof(header) }, { &request, sizeof(request) },
+		{ entries, count * sizeof(*entries) },
+	};
+	size_t i;
+
+	if (status != KVMI_OK)
+		return status;
+	if (!msrs || !values || !count)
+		return fail(err, KVMI_ERR_ARGUMENT, "no MSRs");
+	if (count > KVMI_MSRS_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT, "%zu MSRs at once", count);
+
+	for (i = 0; i < count; i++) {
+		entries[i].index = msrs[i];
+		entries[i].data = values[i];
+	}
+	status = vm_command(vm, KVMI_VCPU_SET_MSRS, parts, 3, &reply,
+			    sizeof(reply), sizeof(reply), err);
+	if (status != KVMI_OK)
+		return status;
+	if (reply.nmsrs > count)
+		return vm_break(vm, err, "%u instead of %zu MSRs", reply.nmsrs,
+				count);
+
+	if (done)
+		*done = reply.nmsrs;
+	if (reply.nmsrs < count)
+		return fail(err, KVMI_ERR_INVALID,
+			    "the guest cannot write 0x%llx to MSR 0x%x",
+			    (unsigned long long)values[reply.nmsrs],
+			    msrs[reply.nmsrs]);
+
+	return KVMI_OK;
 }
 
 enum kvmi_status kvmi_vcpu_get_mtrr_type(struct kvmi_vm *vm, unsigned int vcpu,

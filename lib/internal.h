@@ -171,6 +171,8 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 			    const struct iovec *parts, int part_count,
 			    void *data, size_t capacity, size_t least,
 			    struct kvmi_error *err);
+/* The vCPU waits for an answer */
+bool vm_has_open_event(struct kvmi_vm *vm, unsigned int vcpu);
 /* Ends the connection because of what the peer sent */
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)

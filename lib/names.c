@@ -35,6 +35,8 @@ static const char *const command_names[] = {
 	[KVMI_VCPU_CONTROL_MSR] = "vcpu-control-msr",
 	[KVMI_VCPU_CONTROL_SINGLESTEP] = "vcpu-control-singlestep",
 	[KVMI_VCPU_TRANSLATE_GVA] = "vcpu-translate-gva",
+	[KVMI_VCPU_SET_SREGS] = "vcpu-set-sregs",
+	[KVMI_VCPU_SET_MSRS] = "vcpu-set-msrs",
 };
 
 static const char *const event_names[] = {

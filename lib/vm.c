@@ -1101,6 +1101,17 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 	return status;
 }
 
+bool vm_has_open_event(struct kvmi_vm *vm, unsigned int vcpu)
+{
+	bool open;
+
+	lock(vm);
+	open = vcpu < vm->open_count && vm->open[vcpu].open;
+	unlock(vm);
+
+	return open;
+}
+
 static bool has_value(unsigned int id)
 {
 	return id == KVMI_EV_CR || id == KVMI_EV_MSR;

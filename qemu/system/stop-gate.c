@@ -6,6 +6,8 @@
 
 #include "qemu/osdep.h"
 #include "block/aio.h"
+#include "qemu/bitops.h"
+#include "qemu/coroutine.h"
 #include "qemu/main-loop.h"
 #include "system/runstate.h"
 #include "system/stop-gate.h"
@@ -19,17 +21,27 @@ typedef enum StopPolicy {
 typedef struct StopTransition {
     const char *name;
     StopPolicy policy;
+    bool holds;             /* keeps the gate closed until stop_gate_leave() */
+    bool user;              /* the user wants a pause: cont is the contrary */
+    uint32_t moot_by;       /* actions that make it pointless */
 } StopTransition;
 
 static const StopTransition transitions[STOP_ACTION__MAX] = {
-    [STOP_ACTION_STOP]           = { "stop",           STOP_WAIT },
-    [STOP_ACTION_DEBUG]          = { "debug",          STOP_CUT },
-    [STOP_ACTION_SAVE]           = { "save",           STOP_CUT },
+    [STOP_ACTION_STOP]           = { "stop",           STOP_WAIT,
+                                     .user = true },
+    [STOP_ACTION_DEBUG]          = { "debug",          STOP_WAIT,
+                                     .user = true },
+    [STOP_ACTION_SAVE]           = { "save",           STOP_WAIT,
+                                     .moot_by = BIT(STOP_ACTION_SHUTDOWN) },
     [STOP_ACTION_LOAD]           = { "load",           STOP_CUT },
-    [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_CUT },
-    [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_CUT },
+    [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_WAIT,
+                                     .holds = true },
+    [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_WAIT,
+                                     .moot_by = BIT(STOP_ACTION_LOAD) |
+                                                BIT(STOP_ACTION_RESET) |
+                                                BIT(STOP_ACTION_SHUTDOWN) },
     [STOP_ACTION_RESET]          = { "reset",          STOP_CUT },
-    [STOP_ACTION_SHUTDOWN]       = { "shutdown",       STOP_CUT },
+    [STOP_ACTION_SHUTDOWN]       = { "shutdown",       STOP_WAIT },
     [STOP_ACTION_GUEST_PANIC]    = { "guest-panic",    STOP_CUT },
     [STOP_ACTION_IO_ERROR]       = { "io-error",       STOP_CUT },
     [STOP_ACTION_INTERNAL_ERROR] = { "internal-error", STOP_CUT },
@@ -38,8 +50,8 @@ static const StopTransition transitions[STOP_ACTION__MAX] = {
 };
 
 static QLIST_HEAD(, StopGuard) guards = QLIST_HEAD_INITIALIZER(guards);
-static QSIMPLEQ_HEAD(, StopWaiter) waiters =
-    QSIMPLEQ_HEAD_INITIALIZER(waiters);
+static QTAILQ_HEAD(, StopWaiter) waiters = QTAILQ_HEAD_INITIALIZER(waiters);
+static unsigned int holders;
 
 /* The reason why the VM stops, as far as the new run state tells it */
 StopAction stop_action_of(RunState state)
@@ -87,6 +99,23 @@ static bool anybody_busy(void)
     return false;
 }
 
+static bool is_ready(StopWaiter *waiter)
+{
+    return waiter->state == STOP_WAITER_READY ||
+           waiter->state == STOP_WAITER_CANCELLED;
+}
+
+static void tell_open(void)
+{
+    StopGuard *guard;
+
+    if (!stop_gate_closed()) {
+        QLIST_FOREACH(guard, &guards, next) {
+            guard->open(guard);
+        }
+    }
+}
+
 /*
  * Waiters are called from here only.  Whoever released or cancelled them may
  * be deep inside something else, such as a reset; and once out of the queue, a
@@ -94,31 +123,35 @@ static bool anybody_busy(void)
  */
 static void call_waiters_bh(void *opaque)
 {
-    QSIMPLEQ_HEAD(, StopWaiter) ready = QSIMPLEQ_HEAD_INITIALIZER(ready);
-    QSIMPLEQ_HEAD(, StopWaiter) rest = QSIMPLEQ_HEAD_INITIALIZER(rest);
     bool busy = anybody_busy();
     StopWaiter *waiter;
 
-    while ((waiter = QSIMPLEQ_FIRST(&waiters))) {
-        QSIMPLEQ_REMOVE_HEAD(&waiters, next);
-        if (busy && !waiter->cancelled) {
-            QSIMPLEQ_INSERT_TAIL(&rest, waiter, next);
-        } else {
-            QSIMPLEQ_INSERT_TAIL(&ready, waiter, next);
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (!busy && waiter->state == STOP_WAITER_WAITING) {
+            waiter->state = STOP_WAITER_READY;
         }
     }
-    QSIMPLEQ_CONCAT(&waiters, &rest);
 
-    while ((waiter = QSIMPLEQ_FIRST(&ready))) {
-        QSIMPLEQ_REMOVE_HEAD(&ready, next);
-        waiter->done(waiter, waiter->cancelled);
+    /* One that enters now has to wait for the next time */
+again:
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (is_ready(waiter)) {
+            bool cancelled = waiter->state == STOP_WAITER_CANCELLED;
+
+            QTAILQ_REMOVE(&waiters, waiter, next);
+            waiter->state = STOP_WAITER_IDLE;
+            waiter->done(waiter, cancelled);
+            goto again;
+        }
     }
+
+    tell_open();
 }
 
 static void schedule_waiters(void)
 {
     /* Not in qemu_get_aio_context(): draining block devices runs its BHs */
-    if (!QSIMPLEQ_EMPTY(&waiters)) {
+    if (!QTAILQ_EMPTY(&waiters)) {
         aio_bh_schedule_oneshot(iohandler_get_aio_context(), call_waiters_bh,
                                 NULL);
     }
@@ -151,73 +184,177 @@ bool stop_gate_enter(StopWaiter *waiter, StopAction action)
     StopGuard *guard, *next;
 
     assert(action < STOP_ACTION__MAX);
+    assert(waiter->state == STOP_WAITER_IDLE && !waiter->holds);
+    waiter->action = action;
+    if (transitions[action].holds) {
+        waiter->holds = true;
+        holders++;
+    }
+
     if (transitions[action].policy == STOP_CUT) {
         stop_gate_cut(action);
         return true;
     }
 
     QLIST_FOREACH_SAFE(guard, &guards, next, next) {
-        if (!guard->busy) {
-            guard->busy = guard->announce(guard, action);
-        }
+        guard->busy = guard->announce(guard, action);
     }
     if (!anybody_busy()) {
         return true;
     }
 
     trace_stop_gate_wait(transitions[action].name);
-    waiter->cancelled = false;
-    QSIMPLEQ_INSERT_TAIL(&waiters, waiter, next);
+    waiter->state = STOP_WAITER_WAITING;
+    QTAILQ_INSERT_TAIL(&waiters, waiter, next);
     return false;
+}
+
+void stop_gate_leave(StopWaiter *waiter)
+{
+    if (waiter->state == STOP_WAITER_IDLE && !waiter->holds) {
+        return;
+    }
+    if (waiter->state != STOP_WAITER_IDLE) {
+        QTAILQ_REMOVE(&waiters, waiter, next);
+        waiter->state = STOP_WAITER_IDLE;
+    }
+    if (waiter->holds) {
+        waiter->holds = false;
+        holders--;
+    }
+    trace_stop_gate_leave(transitions[waiter->action].name);
+    tell_open();
+}
+
+static void cancel(StopWaiter *waiter)
+{
+    trace_stop_gate_cancel(transitions[waiter->action].name);
+    waiter->state = STOP_WAITER_CANCELLED;
 }
 
 void stop_gate_cut(StopAction action)
 {
     StopGuard *guard, *next;
+    StopWaiter *waiter;
 
     assert(action < STOP_ACTION__MAX);
     QLIST_FOREACH_SAFE(guard, &guards, next, next) {
         guard->cut(guard, action);
     }
-}
-
-void stop_gate_cancel(void)
-{
-    StopWaiter *waiter;
-
-    QSIMPLEQ_FOREACH(waiter, &waiters, next) {
-        trace_stop_gate_cancel();
-        waiter->cancelled = true;
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (transitions[waiter->action].moot_by & BIT(action)) {
+            cancel(waiter);
+        }
     }
     schedule_waiters();
 }
 
-bool stop_gate_pending(void)
+void stop_gate_cancel(void)
+{
+    StopGuard *guard;
+    StopWaiter *waiter;
+
+    QLIST_FOREACH(guard, &guards, next) {
+        guard->cont(guard);
+    }
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (transitions[waiter->action].user) {
+            cancel(waiter);
+        }
+    }
+    schedule_waiters();
+}
+
+bool stop_gate_closed(void)
 {
     StopWaiter *waiter;
 
-    QSIMPLEQ_FOREACH(waiter, &waiters, next) {
-        if (!waiter->cancelled) {
+    if (holders) {
+        return true;
+    }
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (waiter->state != STOP_WAITER_CANCELLED) {
             return true;
         }
     }
     return false;
 }
 
-static void pause_done(StopWaiter *waiter, bool cancelled)
+bool stop_gate_guarded(void)
+{
+    return !QLIST_EMPTY(&guards);
+}
+
+typedef struct StopRun {
+    StopWaiter waiter;
+    StopGateFunc *func;
+    void *opaque;
+} StopRun;
+
+static void run_done(StopWaiter *waiter, bool cancelled)
+{
+    StopRun *run = container_of(waiter, StopRun, waiter);
+
+    run->func(run->opaque, cancelled);
+    g_free(run);
+}
+
+void stop_gate_run(StopAction action, StopGateFunc *func, void *opaque)
+{
+    StopRun *run = g_new0(StopRun, 1);
+
+    run->waiter.done = run_done;
+    run->func = func;
+    run->opaque = opaque;
+    if (stop_gate_enter(&run->waiter, action)) {
+        run_done(&run->waiter, false);
+    }
+}
+
+typedef struct StopCoRun {
+    StopAction action;
+    StopGateFunc *func;
+    void *opaque;
+    Coroutine *co;
+} StopCoRun;
+
+static void co_run_done(void *opaque, bool cancelled)
+{
+    StopCoRun *run = opaque;
+
+    run->func(run->opaque, cancelled);
+    aio_co_wake(run->co);
+}
+
+static void co_run_bh(void *opaque)
+{
+    StopCoRun *run = opaque;
+
+    stop_gate_run(run->action, co_run_done, run);
+}
+
+void coroutine_fn stop_gate_co_run(StopAction action, StopGateFunc *func,
+                                   void *opaque)
+{
+    StopCoRun run = {
+        .action = action,
+        .func = func,
+        .opaque = opaque,
+        .co = qemu_coroutine_self(),
+    };
+
+    aio_bh_schedule_oneshot(iohandler_get_aio_context(), co_run_bh, &run);
+    qemu_coroutine_yield();
+}
+
+static void pause_vm(void *opaque, bool cancelled)
 {
     if (!cancelled) {
         vm_stop(RUN_STATE_PAUSED);
     }
-    g_free(waiter);
 }
 
 void stop_gate_pause(void)
 {
-    StopWaiter *waiter = g_new0(StopWaiter, 1);
-
-    waiter->done = pause_done;
-    if (stop_gate_enter(waiter, STOP_ACTION_STOP)) {
-        pause_done(waiter, false);
-    }
+    stop_gate_run(STOP_ACTION_STOP, pause_vm, NULL);
 }

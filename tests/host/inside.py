@@ -4,6 +4,7 @@
 Every wait has a bound, and who waits in vain is told for what.
 """
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -54,7 +55,10 @@ class Lines:
         """What has come within the time, as a list; returns at the first arrival."""
         if self.ended or not select.select([self.fd], [], [], max(timeout, 0))[0]:
             return []
-        data = os.read(self.fd, 1 << 16)
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except ConnectionResetError:
+            data = b""
         at = now_us()
         self.ended = not data
         *lines, self.rest = (self.rest + data).split(b"\n")
@@ -156,46 +160,63 @@ class Guest:
     """The virtual machine under test. It outlives the process that started it, so scenarios can share one."""
 
     cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
-               "audit=0 apparmor=0 nowatchdog")
+               "audit=0 apparmor=0 nowatchdog reboot=t")
 
-    def __init__(self):
-        self.serial = DIR / "serial"
-        self.trace = DIR / "trace"
-        self.qmp = None
+    def __init__(self, folder=DIR):
+        self.dir = folder
+        self.serial = folder / "serial"
+        self.trace = folder / "trace"
+        self.qmp = self.console = None
 
     @staticmethod
     def kvmi_options(**options):
         """The kvmi object the scenarios start with, as object-add takes it."""
         return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
 
-    def start(self, kvmi=True, extra=(), vcpus=2):
+    def start(self, kvmi=True, extra=(), vcpus=2, machine="microvm,pit=off,pic=off,rtc=on", alive=True):
         self.kill()
-        subprocess.run(["rm", "-rf", DIR], check=True)
-        DIR.mkdir(parents=True)
+        subprocess.run(["rm", "-rf", self.dir], check=True)
+        self.dir.mkdir(parents=True)
+        # The disk is for snapshots, the guest has no driver for it
+        subprocess.run([BUILD / "qemu/bin/qemu-img", "create", "-q", "-f", "qcow2", self.dir / "disk", "1M"], check=True, timeout=20)
         argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
-                "-M", "microvm,pit=off,pic=off,rtc=on", "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
+                "-M", machine, "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
                 "-nodefaults", "-display", "none", "-no-reboot", "-kernel", BUILD / "linux/vmlinuz",
-                "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline, "-serial", f"file:{self.serial}",
-                "-qmp", f"unix:{DIR}/qmp,server=on,wait=off", "-qmp", f"unix:{DIR}/qmp2,server=on,wait=off",
-                "-chardev", f"socket,id=hmp,path={DIR}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
-                "-msg", "timestamp=on", "-D", self.trace, "-pidfile", DIR / "pid",
+                "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline,
+                "-chardev", f"socket,id=console,path={self.dir}/console,server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console",
+                "-blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={self.dir}/disk",
+                "-device", "pvpanic", "-device", "ib700",
+                "-device", ("virtio-blk-device" if "microvm" in machine else "virtio-blk-pci") + ",drive=disk",
+                "-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-qmp", f"unix:{self.dir}/qmp2,server=on,wait=off",
+                "-chardev", f"socket,id=hmp,path={self.dir}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
+                "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
                 "-chardev", f"socket,id=tool,path={SOCKET},server=off,reconnect-ms=100"]
         if kvmi:
-            argv += ["-trace", "kvmi_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
-        with open(DIR / "stderr", "wb") as errors:
+            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
+        with open(self.dir / "stderr", "wb") as errors:
             process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                                        start_new_session=True)
         # Not ours to wait for: the next scenario is another process.
         try:
-            self.qmp = QMP()
-        except Late:
-            raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(DIR / 'stderr').read_text()}") from None
-        self.wait_alive(120)
+            self.qmp = QMP(self.dir / "qmp")
+        except (Late, OSError):
+            raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
+        if alive:
+            self.wait_alive(240)
         return self
+
+    def tell(self, command):
+        """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
+        if self.console:
+            self.console.close()
+        # Open until the guest has read it: QEMU forgets what it has not read when we hang up
+        self.console = socket.socket(socket.AF_UNIX)
+        self.console.connect(str(self.dir / "console"))
+        self.console.sendall(command.encode() + b"\n")
 
     def kill(self):
         try:
-            pid = int((DIR / "pid").read_text())
+            pid = int((self.dir / "pid").read_text())
             if b"qemu" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20, "QEMU's death")
@@ -226,7 +247,7 @@ class Guest:
         try:
             if self.qmp:
                 self.qmp.close()
-            self.qmp = QMP(timeout=3)
+            self.qmp = QMP(self.dir / "qmp", timeout=3)
             if self.qmp.execute("query-status", timeout=5)["status"] != "running":
                 return False
             self.wait_alive(10)
@@ -234,29 +255,22 @@ class Guest:
         except (AssertionError, OSError, QMPError):
             return False
 
-    def ask(self, wish, answer):
-        """Has the guest's program do something (see obey() in guest/busy.c), by a letter put into its memory; waits for the answer."""
-        where = int(re.search(r"control-physical 0x(\w+)", self.output()).group(1), 16)
+    def ask(self, command, answer):
+        """tell(), and wait for the answer; returns what it said from then on."""
         said = len(self.output())
-        with RawTool() as tool:
-            tool.accept().answer()
-            wait_until(lambda: self.qmp.execute("query-kvmi")["state"] == "hooked", 20, "the session that asks the guest")
-            error, _ = tool.command(WRITE_PHYSICAL, struct.pack("=QHHII", where, 4, 0, 0, ord(wish)))
-            assert error == 0, f"WRITE_PHYSICAL gave {error}"
-        wait_until(lambda: self.qmp.execute("query-kvmi")["state"] == "connecting", 20, "the end of that session")
-        if answer:
-            wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
+        self.tell(command)
+        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
         return self.output()[said:]
 
     def text(self):
         """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
         out = self.output()
-        start, end = re.search(r"text-physical 0x(\w+) 0x(\w+)", out).groups()
-        return int(start, 16), int(end, 16), int(re.search(r"text-virtual 0x(\w+)", out).group(1), 16)
+        start, end = re.findall(r"text-physical 0x(\w+) 0x(\w+)", out)[-1]       # the last boot counts
+        return int(start, 16), int(end, 16), int(re.findall(r"text-virtual 0x(\w+)", out)[-1], 16)
 
     def dump(self, start, end):
         """The guest's memory from start to end (physical), by QEMU's pmemsave."""
-        path = DIR / "dump"
+        path = self.dir / "dump"
         self.qmp.execute("pmemsave", timeout=60, val=start, size=end - start, filename=str(path))
         data = path.read_bytes()
         path.unlink()
@@ -418,12 +432,24 @@ class RawTool:
         self.sock.settimeout(timeout)
         size, = struct.unpack("=I", self.exactly(4))
         hello = self.exactly(size - 4)
+        self.hello = struct.pack("=I", size) + hello
         self.uuid, self.name = hello[:16], hello[28:92].split(b"\0")[0].decode()
+        self.start_time, = struct.unpack_from("=q", hello, 20)
         return self
 
     def answer(self, cookie=b""):
         self.sock.sendall(struct.pack("=I20s", 24, hashlib.sha1(cookie).digest()))
         return self
+
+    def answer_hmac(self, key):
+        """The tool's side of auth=hmac, see qemu/docs/interop/kvmi.rst; returns whether QEMU knows the key, too."""
+        assert len(self.hello) == 144 and struct.unpack_from("=I", self.hello, 104) == (1,), self.hello
+        answer = struct.pack("=I20sII", 96, b"", 1, 0) + os.urandom(32)
+        answer += hmac.digest(key, b"kvmi-hmac-tool\0\0" + self.hello + answer, "sha256")
+        self.sock.sendall(answer)
+        size, _, proof = struct.unpack("=II32s", self.exactly(40))
+        assert size == 40
+        return hmac.compare_digest(proof, hmac.digest(key, b"kvmi-hmac-qemu\0\0" + self.hello + answer, "sha256"))
 
     def exactly(self, n):
         data = b""

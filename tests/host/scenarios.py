@@ -23,12 +23,13 @@ from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION
 SCENARIOS = {}
 
 
-def scenario(timeout=120, object_options=None, fresh=False, guest=True):
+def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
     """timeout: seconds, a boot of the guest included. fresh: wants a guest that has never been hooked. guest=False: wants none, and
     leaves a host that is good for nothing more."""
     def add(function):
         function.timeout, function.object_options, function.fresh, function.guest = timeout, object_options or {}, fresh, guest
-        SCENARIOS[function.__name__] = function
+        function.machine = machine
+        into[function.__name__] = function
         return function
     return add
 
@@ -571,6 +572,34 @@ def wrong_key(g):
         g.qmp.execute("object-del", id="cookie")
 
 
+@scenario()
+def hmac_both_ways(g):
+    """With auth=hmac, either side learns whether the other knows the key; a tool that sends the old cookie is refused."""
+    remove_object(g)
+    g.qmp.execute("object-add", qom_type="secret", id="cookie", data="open sesame")
+    try:
+        g.qmp.execute("object-add", **g.kvmi_options(key="cookie", auth="hmac"))
+        with RawTool() as tool:
+            tool.accept().answer(b"open sesame")
+            assert tool.closed(), "a tool with a cookie stays connected"
+            assert "auth=hmac" in info(g)["last-error"], info(g)
+            tool.accept()
+            try:
+                tool.answer_hmac(b"open barley")
+                raise AssertionError("QEMU answers to the wrong key")
+            except EOFError:
+                assert "wrong key" in info(g)["last-error"], info(g)
+            mark = g.qmp.mark()
+            tool.accept()
+            assert tool.answer_hmac(b"open sesame"), "QEMU's proof is wrong"
+            wait_state(g, "hooked", mark)
+            assert tool.command(GET_VERSION)[0] == 0
+            assert info(g)["auth"] == "hmac", info(g)
+    finally:
+        remove_object(g)
+        g.qmp.execute("object-del", id="cookie")
+
+
 @scenario(object_options={"commands": ["vm-get-info", "vm-control-events"], "events": ["unhook"]})
 def allow_list(g):
     """A command that is not on the list gets EPERM from KVM; those on it, and the three that always are, work."""
@@ -611,6 +640,8 @@ def object_errors(g):
     for options, words in (({"chardev": "nowhere"}, "nowhere"),
                            ({"chardev": "hmp"}, "server=off"),
                            ({"key": "nokey"}, "nokey"),
+                           ({"auth": "hmac"}, "key"),
+                           ({"commands": ["vmx-*"]}, "vmx-*"),
                            ({"commands": ["make-coffee"]}, "make-coffee"),
                            ({"events": ["fire"]}, "fire")):
         try:
@@ -629,20 +660,20 @@ MAP = ("--system-map", str(BUILD / "linux/System.map"))
 @scenario(timeout=240)
 def tool_ps_and_modules(g):
     """kvmi ps and kvmi modules say what the guest's own /proc says; the types are read from its memory."""
-    told = g.ask("l", "told")
+    told = g.ask("list processes", "that was all")
     # PID (COMM) STATE PPID
     expected = {int(pid): (comm, int(ppid)) for pid, comm, ppid in re.findall(r"process (\d+) \((.*)\) \S (\d+) ", told)}
     assert len(expected) > 20, told
     start = time.monotonic()
     found = {p["pid"]: p for p in json_lines(kvmi("ps", "--json", *MAP)[0])}
     print(f"{len(found)} processes after {time.monotonic() - start:.1f} s")
-    # kernel workers come and go
-    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker")}
+    # kernel workers come and go, and children of the guest's program
+    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker") and (pid == 1 or e[0] != "init")}
     for pid, (comm, ppid) in lasting.items():
         comm = comm[:15]        # /proc knows the rest of a kernel thread's name
         assert pid in found, f"no process {pid} ({comm}) in {found}"
         assert (found[pid]["comm"], found[pid]["ppid"]) == (comm, ppid), f"{found[pid]} instead of {comm} of {ppid}"
-    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith("kworker")}
+    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith(("kworker", "init"))}
     assert not extra, f"processes the guest does not know: {extra}"
     init = found[1]
     assert not init["kernel"] and int(init["cr3"], 16) and init["uid"] == 0, init
@@ -650,7 +681,7 @@ def tool_ps_and_modules(g):
     # the same with what was given, all threads, and nothing moving
     text = kvmi("ps", "--threads", "--pause", *MAP)[0]
     mine = re.findall(r"^ +1 +(\d+) +0 +0 [RSD] +\w+ init$", text, re.M)
-    assert len(set(mine)) == 3, text        # the guest's program has a thread for each CPU, and the first
+    assert len(set(mine)) >= 3, text        # the guest's program has a thread for each CPU, and the first
     assert "[kthreadd]" in text, text
 
     modules = re.findall(r"module (\w+) (\d+) (\d+) \S+ (\w+) 0x(\w+)", told)
@@ -713,7 +744,7 @@ def tool_protect(g):
         t.signal(signal.SIGINT)
         assert t.finish() == 0
         t.event("clean")
-    g.ask("p", None)
+    g.tell("patch")
     with Tool("protect", "--text") as t:
         for _ in range(2):
             mark = t.mark()
@@ -736,7 +767,7 @@ def tool_protect(g):
         assert summary["ignored"] > 0 and summary["violations"] == 0, summary
         t.signal(signal.SIGTERM)
         assert t.finish() == 0
-    g.ask("q", "quiet")
+    g.ask("be quiet", "quiet")
     g.wait_alive()
     same_memory(before, code(g), "patched and patched back")
 
@@ -767,7 +798,6 @@ def tool_trace(g):
 def tool_events_and_stat(g):
     """kvmi events tells of CR3, MSR and page accesses of the running guest, kvmi stat counts them; a stop undoes it before."""
     text = symbols()[HOT[0]] - symbols()["_text"]
-    g.ask("p", None)        # the guest has but one process, and changes CR3 only when it patches its kernel
     with Tool("events", "--cr", "3", "--msr", "0xc0000102", "--msr", "0x6e0", "--access", f"{HOT[0]}=r") as t:
         t.event("watching", timeout=40, pages=1)
         cr = t.event("cr", timeout=40, cr=3)
@@ -793,7 +823,6 @@ def tool_events_and_stat(g):
         for what in ("command", "vcpu_command"):
             assert 0 < said[what]["least_us"] <= said[what]["mean_us"] <= said[what]["most_us"], said
         assert t.finish() == 0, "--count does not end it"
-    g.ask("q", "quiet")
     with Tool("events", "--msr", "0x12345", system_map=False) as t:
         assert "message" in t.event("problem", timeout=40)
         t.signal(signal.SIGINT)
@@ -810,6 +839,129 @@ def quit_while_hooked(g):
         w.event("closed", since=mark)
         assert w.process.poll() is None, "the tool ended with the VM"
     g.spoilt = True
+
+
+# --- a tool of the older library's, see client.c ----------------------------------------------------------------------
+
+
+def places(g, names=HOT):
+    """Where these functions lie in the guest's physical memory, in words for a command line."""
+    start, _, _ = g.text()
+    return [hex(start + o) for o in breakpoint_offsets(g, names)]
+
+
+class Client:
+    """tests/host/client and what it said so far."""
+
+    def __init__(self, test, *words):
+        env = dict(os.environ, LD_LIBRARY_PATH=f"{BUILD}/lib/compat:{BUILD}/lib")
+        self.process = subprocess.Popen([str(BUILD / "tests/host/client"), str(SOCKET), test, *words], stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.text = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+        self.read()
+        print(self.text)
+
+    def read(self):
+        self.text += (self.process.stdout.read() or b"").decode(errors="replace")
+        return self.text
+
+    def said(self, words, timeout=40):
+        wait_until(lambda: words in self.read() or self.process.poll() is not None, timeout, f"the client to say '{words}'")
+        assert words in self.read(), f"the client ended with status {self.process.returncode}"
+
+    def finish(self, timeout=60):
+        status = self.process.wait(timeout)
+        self.read()
+        assert status == 0, f"the client ended with status {status}"
+
+
+def client_run(g, test, *words):
+    before = code(g)
+    with Client(test, *words) as c:
+        c.finish()
+    g.wait_alive()
+    # the guest changes a few places of its code by itself, but no INT3 may stay at ours
+    same_memory(before, code(g), f"after the client's test {test}")
+    wait_state(g, "connecting")
+
+
+@scenario()
+def client_basics(g):
+    """The older library: listening, handshake, pausing, registers, MSRs, XSAVE, CPUID, MTRR, memory, addresses."""
+    client_run(g, "basics")
+
+
+@scenario()
+def client_breakpoint(g):
+    """The older library: breakpoints in hot functions, stepped over by single-step, on both vCPUs."""
+    client_run(g, "breakpoint", *places(g))
+
+
+@scenario()
+def client_registers(g):
+    """The older library: the guest's writes of CR3 and of MSRs, let through with the value they had."""
+    client_run(g, "registers")
+
+
+@scenario()
+def client_pages(g):
+    """The older library: a page of hot code that may not be executed; answers as long as they were then."""
+    client_run(g, "pages", *places(g))
+
+
+@scenario()
+def client_step(g):
+    """The older library: two hundred single steps of a vCPU."""
+    client_run(g, "step")
+
+
+@scenario()
+def client_batch(g):
+    """The older library: lists of registers, rights and answers."""
+    client_run(g, "batch", *places(g))
+
+
+@scenario()
+def client_inject(g):
+    """The older library: an injected exception and its TRAP event."""
+    client_run(g, "inject")
+
+
+@scenario()
+def client_close(g):
+    """The older library: connections, listeners and forked children are closed in every order, with a hit waiting."""
+    client_run(g, "close", *places(g))
+
+
+@scenario()
+def client_unhook(g):
+    """A tool that has never heard of UNHOOK: the VM is paused cleanly while its breakpoints are hit, and the tool told to go."""
+    before = code(g)
+    with Client("unhook", *places(g)) as c:
+        c.said("50 hits")
+        data, _ = stop(g)
+        expect("clean", data)
+        assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+        same_memory(before, code(g), "paused, with the older library")
+        c.said("the connection has ended")
+        cont(g)
+        c.said("the guest is back")
+        c.said("hits once more")
+        c.finish()
+    g.wait_alive()
+    same_memory(before, code(g), "after the client of the older library")
+
+
+# --- the host without introspection ------------------------------------------------------------------------------------
 
 
 @scenario(timeout=120, guest=False)
@@ -853,21 +1005,20 @@ def prepare(function):
     """A guest as the scenario wants it."""
     g = Guest()
     marker = DIR / "ready"          # there as long as the guest is fit for the next scenario
-    reuse = marker.exists() and not function.fresh and g.alive()
+    reuse = marker.exists() and not function.fresh and not function.machine and g.alive()
     if reuse:
         marker.unlink()
         remove_object(g)
         g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
     else:
-        g.start(kvmi=not function.object_options)
+        g.start(kvmi=not function.object_options, **{"machine": function.machine} if function.machine else {})
         if function.object_options:
             g.qmp.execute("object-add", **g.kvmi_options(**function.object_options))
     g.spoilt = False
     return g, marker
 
 
-def run(name):
-    function = SCENARIOS[name]
+def run(function):
     g = marker = None
     # Out of time: leave by the normal way, which ends the tool.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
@@ -891,12 +1042,16 @@ def run(name):
     return 0
 
 
-if __name__ == "__main__":
-    names = sys.argv[1:] or list(SCENARIOS)
+def main(found):
+    names = sys.argv[1:] or list(found)
     failed = []
     for name in names:
         start = time.monotonic()
-        bad = run(name)
+        bad = run(found[name])
         print(f"{'FAIL' if bad else 'pass'} {name} {time.monotonic() - start:.1f} s", flush=True)
         failed += [name] if bad else []
     sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(SCENARIOS)

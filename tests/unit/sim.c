@@ -64,6 +64,8 @@ void sim_event(struct sim *sim, unsigned int vcpu, unsigned int id,
 	memset(event.arch.padding, 0xaa, sizeof(event.arch.padding));
 	if (vcpu < SIM_VCPUS)
 		event.arch.regs = sim->regs[vcpu];
+	event.arch.sregs.cr0 = 0x80000001;	/* long mode */
+	event.arch.sregs.efer = 0xd01;
 	event.arch.sregs.cr3 = 0x1000 + vcpu;
 	event.arch.msrs.lstar = 0xffffffff81e00080;
 	memcpy(body, &header, sizeof(header));
@@ -186,6 +188,8 @@ static void get_registers(struct sim *sim, unsigned int vcpu)
 	g_assert_cmpuint(sim->last.size, ==, 16 + 4 * request.nmsrs);
 	reply->mode = 8;
 	reply->regs = sim->regs[vcpu];
+	reply->sregs.cr0 = 0x80000001;
+	reply->sregs.efer = 0xd01;
 	reply->sregs.cr3 = 0x1000 + vcpu;
 	reply->msrs.nmsrs = request.nmsrs;
 	for (i = 0; i < request.nmsrs; i++) {
@@ -279,10 +283,12 @@ void sim_serve_one(struct sim *sim)
 			.version = sim->version ? sim->version : 1,
 			.max_msg_size = sim->max_message == UINT32_MAX ? 0 :
 				KVMI_MAX_MSG_SIZE,
-			.features.singlestep = 1,
+			.features.singlestep = !sim->no_singlestep,
 			.features.get_page_access = !sim->old,
 			.features.get_max_gfn = !sim->old,
 			.features.journal = !sim->old,
+			.features.set_sregs = !sim->old,
+			.features.set_msrs = !sim->old,
 		};
 
 		g_assert_cmpuint(sim->last.size, ==, 0);
@@ -427,10 +433,37 @@ void sim_serve_one(struct sim *sim)
 		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(sim->xsave));
 		memcpy(sim->xsave, body + 8, sizeof(sim->xsave));
 		break;
+	case KVMI_VCPU_SET_SREGS:
+		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(struct kvm_sregs));
+		if (body[8])
+			error = -KVM_EINVAL;
+		break;
+	case KVMI_VCPU_SET_MSRS: {
+		struct kvmi_vcpu_set_msrs_reply reply = { 0 };
+		struct kvm_msr_entry entry;
+		uint32_t count;
+
+		memcpy(&count, body + 8, sizeof(count));
+		g_assert_cmpuint(sim->last.size, ==, 16 + count * sizeof(entry));
+		/* Number i has the value i; it can't have another */
+		for (; reply.nmsrs < count; reply.nmsrs++) {
+			memcpy(&entry, body + 16 + reply.nmsrs * sizeof(entry),
+			       sizeof(entry));
+			g_assert_cmphex(entry.reserved, ==, 0);
+			if (entry.data != entry.index)
+				break;
+		}
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
 	case KVMI_VCPU_CONTROL_CR:
 	case KVMI_VCPU_CONTROL_MSR:
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		break;
 	case KVMI_VCPU_CONTROL_SINGLESTEP:
 		g_assert_cmpuint(sim->last.size, ==, 16);
+		sim->stepping[vcpu.vcpu] = body[8];
 		break;
 	case KVMI_VCPU_INJECT_EXCEPTION:
 		g_assert_cmpuint(sim->last.size, ==, 24);

@@ -30,11 +30,13 @@ struct sim {
 	int event_before;		/* an event before this answer */
 	unsigned int answer_size;	/* cut (or stretch) answers to this */
 
+	bool no_singlestep;
 	bool old;			/* a KVM without the later commands */
 	uint16_t write_flags;		/* of the last write */
 	unsigned int writes;
 	uint8_t access[SIM_MEMORY / 4096];	/* what is taken off each page */
 	unsigned int access_messages;
+	bool stepping[SIM_VCPUS];
 	uint8_t xsave[4096];
 	uint64_t last_value;		/* of a reply to CR, MSR */
 

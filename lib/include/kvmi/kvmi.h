@@ -140,6 +140,8 @@ enum kvmi_command {
 	KVMI_CMD_VCPU_CONTROL_MSR = 25,
 	KVMI_CMD_VCPU_CONTROL_SINGLESTEP = 27,
 	KVMI_CMD_VCPU_TRANSLATE_GVA = 29,
+	KVMI_CMD_VCPU_SET_SREGS = 31,
+	KVMI_CMD_VCPU_SET_MSRS = 33,
 };
 
 enum kvmi_event_id {
@@ -276,6 +278,8 @@ struct kvmi_vm_version {
 	bool get_max_gfn;	/* kvmi_vm_get_max_gfn() */
 	bool journal;		/* KVM takes INT3s that were left behind out of
 				   the guest; KVMI_VM_WRITE_* */
+	bool set_sregs;		/* kvmi_vcpu_set_sregs() */
+	bool set_msrs;		/* kvmi_vcpu_set_msrs() */
 };
 
 /* Both are zero before kvmi_vm_connect() (or kvmi_vm_wait_hello()).  They live as long as vm. */
@@ -684,6 +688,27 @@ enum kvmi_status kvmi_vcpu_get_xsave(struct kvmi_vm *vm, unsigned int vcpu,
 enum kvmi_status kvmi_vcpu_set_xsave(struct kvmi_vm *vm, unsigned int vcpu,
 				     const void *xsave, struct kvmi_error *err);
 
+/*
+ * Writes CR0, CR2, CR3, CR4, CR8, the segments and descriptor tables, at once,
+ * whether an event is open or not; no event comes of it.  efer, apic_base and
+ * interrupt_bitmap must be what the vCPU has.
+ * KVMI_ERR_INVALID: they aren't, or the guest itself could not load these
+ * values; nothing has changed.  KVMI_ERR_BUSY: a nested guest runs.
+ */
+enum kvmi_status kvmi_vcpu_set_sregs(struct kvmi_vm *vm, unsigned int vcpu,
+				     const struct kvm_sregs *sregs,
+				     struct kvmi_error *err);
+
+/*
+ * Writes MSRs in turn, each as the guest's WRMSR would, but without an event.
+ * KVMI_ERR_INVALID: the guest could not write one of them; done (may be NULL)
+ * says how many before it have been written.  At most KVMI_MSRS_MAX.
+ */
+enum kvmi_status kvmi_vcpu_set_msrs(struct kvmi_vm *vm, unsigned int vcpu,
+				    const uint32_t *msrs,
+				    const uint64_t *values, size_t count,
+				    size_t *done, struct kvmi_error *err);
+
 /* How the guest's MTRRs have memory cached: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB */
 enum kvmi_status kvmi_vcpu_get_mtrr_type(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t gpa, uint8_t *type,
@@ -726,6 +751,68 @@ enum kvmi_status kvmi_vcpu_read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t gva, const void *data,
 					 size_t size, struct kvmi_error *err);
+
+/* ------------------------------------------------------------------------
+ * The guest's page tables
+ *
+ * Looked at from here, without a vCPU: works while the VM is paused, too, and
+ * for address spaces that no vCPU uses at the moment.
+ */
+
+struct kvmi_paging {
+	uint64_t cr3;		/* bits that are no address don't matter */
+	uint32_t levels;	/* 4 or 5 */
+	uint32_t reserved;
+};
+
+/*
+ * As a vCPU in this state uses them.  KVMI_ERR_NOT_SUPPORTED: not in long mode
+ * (real mode, 32-bit and PAE tables are left to kvmi_vcpu_translate()).
+ */
+enum kvmi_status kvmi_paging_of(const struct kvmi_registers *state,
+				struct kvmi_paging *paging,
+				struct kvmi_error *err);
+
+struct kvmi_translation {
+	uint64_t gpa;
+	uint64_t page_size;	/* 4096, 2 MiB or 1 GiB */
+	bool writable;		/* at all levels */
+	bool user;		/* at all levels: by programs, too */
+	bool executable;
+};
+
+/*
+ * Keeps at most cache_pages pages of tables (4 KiB each) that it has read, 0:
+ * none.  The guest changes its tables at any time: what was read is believed
+ * until kvmi_walker_forget().  A walker is to be freed before its vm is closed.
+ * Threads may share it.  Returns NULL on failure.
+ */
+struct kvmi_walker;
+
+struct kvmi_walker *kvmi_walker_new(struct kvmi_vm *vm, size_t cache_pages,
+				    struct kvmi_error *err);
+void kvmi_walker_free(struct kvmi_walker *walker);
+void kvmi_walker_forget(struct kvmi_walker *walker);
+
+/* KVMI_ERR_UNMAPPED: there is nothing at this address */
+enum kvmi_status kvmi_walker_translate(struct kvmi_walker *walker,
+				       const struct kvmi_paging *paging,
+				       uint64_t gva,
+				       struct kvmi_translation *translation,
+				       struct kvmi_error *err);
+
+/*
+ * Any address and size, whatever the rights.  Pages before one that fails have
+ * been read (or written) then.
+ */
+enum kvmi_status kvmi_walker_read(struct kvmi_walker *walker,
+				  const struct kvmi_paging *paging,
+				  uint64_t gva, void *data, size_t size,
+				  struct kvmi_error *err);
+enum kvmi_status kvmi_walker_write(struct kvmi_walker *walker,
+				   const struct kvmi_paging *paging,
+				   uint64_t gva, const void *data, size_t size,
+				   struct kvmi_error *err);
 
 #ifdef __cplusplus
 }

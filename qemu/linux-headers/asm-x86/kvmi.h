@@ -47,6 +47,23 @@ struct kvmi_vcpu_get_registers_reply {
 	struct kvm_msrs msrs;
 };
 
+/* KVMI_VCPU_SET_SREGS; 312 bytes */
+struct kvmi_vcpu_set_sregs {
+	struct kvm_sregs sregs;
+};
+
+/* KVMI_VCPU_SET_MSRS */
+struct kvmi_vcpu_set_msrs {
+	__u32 nmsrs;
+	__u32 padding;
+	struct kvm_msr_entry entries[];
+};
+
+struct kvmi_vcpu_set_msrs_reply {
+	__u32 nmsrs;		/* how many were written */
+	__u32 padding;
+};
+
 /* KVMI_VCPU_EVENT_BREAKPOINT */
 struct kvmi_vcpu_event_breakpoint {
 	__u64 gpa;		/* of the INT3; all ones: not mapped */

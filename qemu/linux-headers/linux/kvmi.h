@@ -67,6 +67,10 @@ enum {
 	KVMI_VCPU_CONTROL_SINGLESTEP = KVMI_VCPU_MESSAGE_ID(13),
 	KVMI_VCPU_TRANSLATE_GVA      = KVMI_VCPU_MESSAGE_ID(14),
 
+	/* Not in version 12; announced in kvmi_features */
+	KVMI_VCPU_SET_SREGS          = KVMI_VCPU_MESSAGE_ID(15),
+	KVMI_VCPU_SET_MSRS           = KVMI_VCPU_MESSAGE_ID(16),
+
 	KVMI_NEXT_VCPU_MESSAGE
 };
 
@@ -163,7 +167,9 @@ struct kvmi_features {
 	__u8 get_page_access;	/* KVMI_VM_GET_PAGE_ACCESS */
 	__u8 get_max_gfn;	/* KVMI_VM_GET_MAX_GFN */
 	__u8 journal;		/* KVMI_WRITE_* */
-	__u8 padding[4];
+	__u8 set_sregs;		/* KVMI_VCPU_SET_SREGS */
+	__u8 set_msrs;		/* KVMI_VCPU_SET_MSRS */
+	__u8 padding[2];
 };
 
 struct kvmi_get_version_reply {

@@ -4,9 +4,9 @@
  *
  * One thread per CPU calls two system calls whose kernel functions nothing else calls (so every breakpoint hit there
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
- * tells twice a second how far it is: that is how a test sees that the guest is alive.
- *
- * A test asks it for more by writing into its memory from outside, see struct control.
+ * tells twice a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the
+ * kernel changes from one address space to another now and then. What a test wants the guest to do comes as a line on the
+ * console.
  *
  * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
  * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
@@ -22,11 +22,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+#include <sys/io.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -136,22 +137,14 @@ static void *agent(void *device)
 	return NULL;
 }
 
-/* What a test may ask for: inside.py's Guest.ask() */
-static struct {
-	volatile unsigned int wish;	/* a letter */
-	char page[4092];
-} control __attribute__((aligned(4096)));
-
-static void tell_control(void)
+static void write_file(const char *name, const char *text)
 {
-	unsigned long entry = 0, address = (unsigned long)&control;
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	int fd = open(name, O_WRONLY);
 
-	control.wish = 0;
-	if (mlock(&control, sizeof(control)) || pread(fd, &entry, 8, address / 4096 * 8) != 8)
-		perror("guest: pagemap");
-	close(fd);
-	printf("guest: control-physical 0x%lx\n", (entry & ((1UL << 55) - 1)) * 4096);
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		printf("guest: %s: %s\n", name, strerror(errno));
+	if (fd >= 0)
+		close(fd);
 }
 
 /* The console is slow: no more than the first characters of each line */
@@ -182,40 +175,55 @@ static void tell_processes(void)
 	if (dir)
 		closedir(dir);
 	tell_lines("module", "/proc/modules", 48);
-	printf("guest: told\n");
+	printf("guest: that was all\n");
 }
 
-/* A static key: each change makes the kernel rewrite its own code */
-static void patch_kernel(int on)
+/* With "patch" the kernel rewrites its own code over and over, for a static key, until "be quiet" */
+static atomic_int patching;
+
+static void patch_kernel(void)
 {
-	int fd = open("/proc/sys/kernel/sched_schedstats", O_WRONLY | O_CLOEXEC);
+	static int patched;
 
-	if (fd < 0 || write(fd, on ? "1" : "0", 1) != 1)
-		perror("guest: sched_schedstats");
-	close(fd);
-}
-
-static void obey(void)
-{
-	static int patching, patched;
-
-	switch (control.wish) {
-	case 'l':	/* list */
-		tell_processes();
-		break;
-	case 'p':	/* patch the kernel over and over */
-		patching = 1;
-		break;
-	case 'q':	/* quiet again */
-		patching = 0;
-		if (patched)
-			patch_kernel(patched = 0);
+	if (!patching && !patched)
+		return;
+	patched = !patched;
+	write_file("/proc/sys/kernel/sched_schedstats", patched ? "1" : "0");
+	if (!patching && !patched)
 		printf("guest: quiet\n");
-		break;
+}
+
+/* What has to come from inside the guest */
+static void *obey(void *unused)
+{
+	char line[64];
+
+	(void)unused;
+	while (fgets(line, sizeof(line), stdin)) {
+		unsigned int port, value;
+
+		line[strcspn(line, "\r\n")] = 0;
+		printf("guest: told to %s\n", line);
+		fflush(stdout);
+		if (!strcmp(line, "reboot"))
+			reboot(RB_AUTOBOOT);
+		else if (!strcmp(line, "power off"))
+			reboot(RB_POWER_OFF);
+		else if (!strcmp(line, "suspend"))
+			write_file("/sys/power/state", "mem");
+		else if (!strcmp(line, "list processes"))
+			tell_processes();
+		else if (!strcmp(line, "patch"))
+			patching = 1;
+		else if (!strcmp(line, "be quiet"))
+			patching = 0;
+		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
+			outb(value, port);
+		else
+			printf("guest: can't %s\n", line);
+		fflush(stdout);
 	}
-	control.wish = 0;
-	if (patching)
-		patch_kernel(patched = !patched);
+	return NULL;
 }
 
 static void start(void *(*function)(void *), const void *argument)
@@ -237,8 +245,6 @@ static void be_operable(void)
 		return;
 	mkdir("/dev", 0755);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
-	mkdir("/sys", 0755);
-	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	for (size_t i = 0; i < sizeof(modules) / sizeof(modules[0]); i++)
 		load_module(modules[i]);
 	for (int i = 0; i < 8; i++) {
@@ -254,18 +260,24 @@ int main(void)
 
 	mkdir("/proc", 0755);
 	mount("proc", "/proc", "proc", 0, NULL);
+	mkdir("/sys", 0755);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
 	tell_kernel_text();
-	tell_control();
 	printf("guest: cpus %ld\n", cpus);
 	be_operable();
 	for (long cpu = 0; cpu < cpus; cpu++)
 		start(busy, (void *)cpu);
+	start(obey, NULL);
 	for (;;) {
 		struct timespec pause = { .tv_nsec = 500000000 };
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
-		obey();
+		patch_kernel();
 		fflush(stdout);
+		if (!fork())
+			_exit(0);
+		while (wait(NULL) > 0)
+			;
 		nanosleep(&pause, NULL);
 	}
 }

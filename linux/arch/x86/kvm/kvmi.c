@@ -287,6 +287,133 @@ int kvmi_arch_get_registers(struct kvm_vcpu *vcpu,
 	return 0;
 }
 
+/*
+ * What the tool sets is set as by the guest's own instructions, with the
+ * checks that these make, but without an event.
+ */
+
+static int kvmi_set_cr(struct kvm_vcpu *vcpu, int cr,
+		       const struct kvm_sregs *sregs)
+{
+	switch (cr) {
+	case 0:
+		return kvm_set_cr0(vcpu, sregs->cr0);
+	case 3:
+		return kvm_set_cr3(vcpu, sregs->cr3);
+	default:
+		return kvm_set_cr4(vcpu, sregs->cr4);
+	}
+}
+
+/* All of them, or none */
+static bool kvmi_set_crs(struct kvm_vcpu *vcpu, const struct kvm_sregs *sregs,
+			 const struct kvm_sregs *old)
+{
+	static const int paging_on[] = { 4, 3, 0 }, paging_off[] = { 0, 3, 4 };
+	const int *order = sregs->cr0 & X86_CR0_PG ? paging_on : paging_off;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(paging_on); i++) {
+		if (!kvmi_set_cr(vcpu, order[i], sregs))
+			continue;
+		while (i--)
+			kvmi_set_cr(vcpu, order[i], old);
+		return false;
+	}
+
+	return true;
+}
+
+static void kvmi_set_segments(struct kvm_vcpu *vcpu, struct kvm_sregs *sregs)
+{
+	struct desc_ptr dt;
+
+	dt.size = sregs->idt.limit;
+	dt.address = sregs->idt.base;
+	kvm_x86_call(set_idt)(vcpu, &dt);
+	dt.size = sregs->gdt.limit;
+	dt.address = sregs->gdt.base;
+	kvm_x86_call(set_gdt)(vcpu, &dt);
+
+	kvm_set_segment(vcpu, &sregs->cs, VCPU_SREG_CS);
+	kvm_set_segment(vcpu, &sregs->ds, VCPU_SREG_DS);
+	kvm_set_segment(vcpu, &sregs->es, VCPU_SREG_ES);
+	kvm_set_segment(vcpu, &sregs->fs, VCPU_SREG_FS);
+	kvm_set_segment(vcpu, &sregs->gs, VCPU_SREG_GS);
+	kvm_set_segment(vcpu, &sregs->ss, VCPU_SREG_SS);
+	kvm_set_segment(vcpu, &sregs->tr, VCPU_SREG_TR);
+	kvm_set_segment(vcpu, &sregs->ldt, VCPU_SREG_LDTR);
+}
+
+KVMI_ARCH_VCPU_CMD(set_sregs)
+{
+	const struct kvmi_vcpu_set_sregs *set = req;
+	struct kvmi_event *ev = &vcpu->kvmi->ev;
+	struct kvm_sregs old = {}, sregs = set->sregs;
+	bool moved;
+
+	if (vcpu->arch.guest_state_protected)
+		return -KVM_EOPNOTSUPP;
+	if (is_guest_mode(vcpu))
+		return -KVM_EBUSY;
+
+	kvmi_get_sregs(vcpu, &old);
+	if (sregs.efer != old.efer || sregs.apic_base != old.apic_base ||
+	    memcmp(sregs.interrupt_bitmap, old.interrupt_bitmap,
+		   sizeof(old.interrupt_bitmap)))
+		return -KVM_EINVAL;
+	if (sregs.cs.l && (sregs.cs.db || !(sregs.efer & EFER_LME) ||
+			   !(sregs.cr0 & X86_CR0_PG)))
+		return -KVM_EINVAL;
+	if (sregs.cr8 != old.cr8 && kvm_set_cr8(vcpu, sregs.cr8))
+		return -KVM_EINVAL;
+	if (!kvmi_set_crs(vcpu, &sregs, &old)) {
+		kvm_set_cr8(vcpu, old.cr8);
+		return -KVM_EINVAL;
+	}
+
+	moved = kvm_get_linear_rip(vcpu) != ev->ip;
+	vcpu->arch.cr2 = sregs.cr2;
+	kvmi_set_segments(vcpu, &sregs);
+	/* CS may move an instruction, which is none that userspace has moved */
+	if (!moved)
+		ev->ip = kvm_get_linear_rip(vcpu);
+	vcpu->kvmi->arch.step.ip = kvm_get_linear_rip(vcpu);
+
+	kvm_make_request(KVM_REQ_EVENT, vcpu);
+	return 0;
+}
+
+KVMI_ARCH_VCPU_CMD(set_msrs)
+{
+	const struct kvmi_vcpu_set_msrs *set = req;
+	struct kvmi_vcpu_set_msrs_reply *reply = rpl;
+	u32 i;
+
+	if (set->padding || set->nmsrs > KVMI_MAX_MSG_SIZE ||
+	    req_size < struct_size(set, entries, set->nmsrs))
+		return -KVM_EINVAL;
+	if (vcpu->arch.guest_state_protected)
+		return -KVM_EOPNOTSUPP;
+	if (is_guest_mode(vcpu))
+		return -KVM_EBUSY;
+
+	for (i = 0; i < set->nmsrs; i++) {
+		if (set->entries[i].reserved)
+			return -KVM_EINVAL;
+	}
+	for (i = 0; i < set->nmsrs; i++) {
+		if (kvm_set_msr_with_filter(vcpu, set->entries[i].index,
+					    set->entries[i].data))
+			break;
+	}
+
+	reply->nmsrs = i;
+	reply->padding = 0;
+	*rpl_size = sizeof(*reply);
+	return 0;
+}
+
 u64 kvmi_arch_translate_gva(struct kvm_vcpu *vcpu, u64 gva)
 {
 	return kvm_mmu_gva_to_gpa_system(vcpu, gva, NULL);

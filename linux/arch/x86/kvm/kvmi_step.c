@@ -264,6 +264,10 @@ void __kvmi_exception_queue(struct kvm_vcpu *vcpu)
 		ex->as_fault = false;
 	}
 
+	/* Userspace has taken away what was on its way */
+	if (!busy && ex->state == KVMI_EXCEPTION_DUE)
+		ex->state = KVMI_EXCEPTION_WAITS;
+
 	if (ex->state != KVMI_EXCEPTION_WAITS || (busy && ex->reported) ||
 	    is_guest_mode(vcpu) || !kvmi_vcpu_in_session(vcpu))
 		return;

@@ -207,16 +207,19 @@ static bool kvmi_journal_restore_one(struct kvm *kvm,
 {
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
+	bool restored;
 	u8 now;
 
 	hva = kvmi_hva(kvm, entry->gpa, &slot);
-	if (kvm_is_error_hva(hva) ||
-	    __get_user(now, (u8 __user *)hva) || now != entry->written ||
-	    now == entry->before || __put_user(entry->before, (u8 __user *)hva))
-		return false;
+	restored = !kvm_is_error_hva(hva) &&
+		   !__get_user(now, (u8 __user *)hva) &&
+		   now == entry->written && now != entry->before &&
+		   !__put_user(entry->before, (u8 __user *)hva);
+	if (restored)
+		kvmi_mark_dirty(slot, entry->gpa);
 
-	kvmi_mark_dirty(slot, entry->gpa);
-	return true;
+	trace_kvmi_restore(kvm, entry->gpa, entry->before, restored);
+	return restored;
 }
 
 /*
@@ -229,7 +232,6 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 	struct kvmi_journal *journal = &kvmi->journal;
 	struct kvmi_journal_entry *entry;
 	struct hlist_node *next;
-	bool restored;
 	int i, idx;
 
 	if (kvmi_session_alive(atomic_read(&kvmi->session)) ||
@@ -243,10 +245,8 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 		    journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
 					  node) {
-			restored = kvmi_journal_restore_one(kvmi->kvm, entry);
-			journal->restored += restored;
-			trace_kvmi_restore(kvmi->kvm, entry->gpa,
-					   entry->before, restored);
+			if (kvmi_journal_restore_one(kvmi->kvm, entry))
+				journal->restored++;
 			kvmi_journal_drop(journal, entry);
 		}
 		cond_resched();

@@ -50,7 +50,8 @@
  *	reply fits.
  *
  * kvm_introspection.waiters_lock (spinlock, within the socket's wait queue)
- *	The vCPUs that wait for a reply and will read it.
+ *	The vCPUs that wait for a reply and will read it, and ->receiver, which
+ *	reads when there are none.
  *
  * What of kvm_vcpu_introspection no lock is named for belongs to the vCPU's
  * thread, i.e. vcpu->mutex protects it.
@@ -108,6 +109,7 @@ struct kvm_introspection {
 	struct mutex send_lock;		/* one message at a time */
 	struct socket *sock;
 	struct vhost_task *receiver;
+	bool receiver_killed;
 	u8 uuid[16];
 
 	/* Wakes a reader */
@@ -267,6 +269,8 @@ void kvmi_arch_vcpu_free(struct kvmi_vcpu_arch *arch);
 #define KVMI_ARCH_VCPU_CMD(name)					\
 	int kvmi_arch_##name(struct kvm_vcpu *vcpu, const void *req,	\
 			     size_t req_size, void *rpl, size_t *rpl_size)
+KVMI_ARCH_VCPU_CMD(set_sregs);
+KVMI_ARCH_VCPU_CMD(set_msrs);
 KVMI_ARCH_VCPU_CMD(get_cpuid);
 KVMI_ARCH_VCPU_CMD(get_xcr);
 KVMI_ARCH_VCPU_CMD(get_xsave);

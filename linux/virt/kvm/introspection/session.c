@@ -142,7 +142,7 @@ static bool kvmi_is_always_allowed(int id)
 /* What one session leaves to the next, and the last one to the VM's end */
 static int kvmi_prepare(struct kvm_introspection *kvmi)
 {
-	struct vhost_task *receiver;
+	struct vhost_task *receiver, *old;
 
 	lockdep_assert_held(&kvmi->lock);
 
@@ -152,19 +152,29 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 		return -ENOMEM;
 	if (!kvmi->out.msg && kvmi_out_init(&kvmi->out))
 		return -ENOMEM;
-	if (kvmi->receiver)
+	if (kvmi->receiver && !READ_ONCE(kvmi->receiver_killed))
 		return 0;
 
 	/*
 	 * A thread of this process: it sees the memory of the guest, it is
-	 * accounted with the VM and it dies with it.
+	 * accounted with the VM and it dies with it.  But for VMs of several
+	 * processes that share their memory, when the one that hooked the VM
+	 * dies.
 	 */
 	receiver = vhost_task_create(kvmi_receiver, kvmi_receiver_killed, kvmi,
 				     "kvmi-recv");
 	if (IS_ERR_OR_NULL(receiver))
 		return -ENOMEM;
 
+	/* A vCPU may be about to wake the one that was killed */
+	spin_lock_irq(&kvmi->waiters_lock);
+	old = kvmi->receiver;
 	kvmi->receiver = receiver;
+	spin_unlock_irq(&kvmi->waiters_lock);
+	if (old)
+		vhost_task_stop(old);
+
+	kvmi->receiver_killed = false;
 	vhost_task_start(receiver);
 	return 0;
 }

@@ -524,4 +524,5 @@ void kvmi_receiver_killed(void *data)
 
 	/* The memory may outlive the process */
 	kvmi_journal_restore(kvmi);
+	WRITE_ONCE(kvmi->receiver_killed, true);
 }

@@ -26,6 +26,8 @@ static int kvmi_get_version(struct kvm_introspection *kvmi, const void *req,
 	rpl->features.get_page_access = 1;
 	rpl->features.get_max_gfn = 1;
 	rpl->features.journal = 1;
+	rpl->features.set_sregs = 1;
+	rpl->features.set_msrs = 1;
 	rpl->features.singlestep = kvmi_arch_has_singlestep();
 
 	*rpl_size = sizeof(*rpl);

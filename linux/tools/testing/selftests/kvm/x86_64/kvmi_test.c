@@ -9,6 +9,7 @@
 #include <linux/kvmi.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -61,7 +62,8 @@ static const u16 vcpu_commands[] = {
 	KVMI_VCPU_GET_CPUID, KVMI_VCPU_CONTROL_CR, KVMI_VCPU_GET_XCR,
 	KVMI_VCPU_GET_XSAVE, KVMI_VCPU_SET_XSAVE, KVMI_VCPU_GET_MTRR_TYPE,
 	KVMI_VCPU_CONTROL_MSR,
-	KVMI_VCPU_INJECT_EXCEPTION, KVMI_VCPU_CONTROL_SINGLESTEP
+	KVMI_VCPU_INJECT_EXCEPTION, KVMI_VCPU_CONTROL_SINGLESTEP,
+	KVMI_VCPU_SET_SREGS, KVMI_VCPU_SET_MSRS
 };
 
 static const u16 free_commands[] = {
@@ -1675,6 +1677,51 @@ KVM_ONE_VCPU_TEST(kvmi, hook_unconnected, guest_count)
 	unhook(vm);
 	stop_guest(&r);
 	close(fd);
+}
+
+struct hooker {
+	struct kvm_vm *vm;
+	struct kvm_introspection_hook hook;
+};
+
+static int hook_and_exit(void *arg)
+{
+	struct hooker *hooker = arg;
+
+	_exit(ioctl(hooker->vm->fd, KVM_INTROSPECTION_HOOK, &hooker->hook) ?
+	      errno : 0);
+}
+
+/* The process that hooked the VM dies, but another one shares its memory */
+KVM_ONE_VCPU_TEST(kvmi, hook_again_after_kill, guest_count)
+{
+	static char stack[16384] __aligned(16);
+	struct hooker hooker = { .vm = vcpu->vm };
+	int fds[2], status;
+	struct runner r;
+	pid_t pid;
+
+	start(&r, vcpu);
+	make_sockets(fds);
+	hooker.hook.fd = fds[1];
+	pid = clone(hook_and_exit, stack + sizeof(stack),
+		    CLONE_VM | CLONE_FILES | SIGCHLD, &hooker);
+	TEST_ASSERT(pid > 0, "clone: %s", strerror(errno));
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && !status,
+		    "status %#x", status);
+
+	wait_for(!get_status(vcpu->vm).hooked);
+	TEST_ASSERT_EQ(get_status(vcpu->vm).reason,
+		       KVM_INTROSPECTION_END_KILLED);
+	unhook(vcpu->vm);
+	close(fds[0]);
+	close(fds[1]);
+
+	hook(vcpu->vm);
+	assert_err(get_version(), 0);
+	assert_err(vcpu_get_info(0), 0);
+	unhook(vcpu->vm);
+	stop_guest(&r);
 }
 
 static void assert_status(struct kvm_vm *vm, u32 hooked, u32 reason, u64 events,
@@ -4516,6 +4563,231 @@ static int control_msr(u16 vcpu, u32 msr, u8 enable)
 	return vcpu_command(KVMI_VCPU_CONTROL_MSR, vcpu, &req);
 }
 
+static int set_sregs(u16 vcpu, const struct kvm_sregs *sregs)
+{
+	return __vcpu_command(KVMI_VCPU_SET_SREGS, vcpu, sregs, sizeof(*sregs),
+			      NULL, 0);
+}
+
+static void assert_sregs(const struct kvm_sregs *sregs)
+{
+	static struct registers_reply rpl;
+
+	assert_err(get_registers(0, 0, 0, &rpl), 0);
+	TEST_ASSERT(!memcmp(&rpl.rpl.sregs, sregs, sizeof(*sregs)),
+		    "the vCPU has other registers");
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_sregs, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static struct registers_reply rpl;
+	struct kvm_sregs sregs, old, is;
+	struct event ev;
+	struct runner r;
+
+	start_to_pause(&r, vcpu, &ev);
+	assert_err(set_sregs(0, &ev.common.arch.sregs), 0);
+	/* VMX marks segments as accessed */
+	assert_err(get_registers(0, 0, 0, &rpl), 0);
+	old = rpl.rpl.sregs;
+	sregs = old;
+	TEST_ASSERT_EQ(old.cr4, ev.common.arch.sregs.cr4);
+	TEST_ASSERT_EQ(old.cs.base, ev.common.arch.sregs.cs.base);
+
+	/* Another table of the same pages */
+	sregs.cr3 = vm_alloc_page_table(vm);
+	memcpy(addr_gpa2hva(vm, sregs.cr3), addr_gpa2hva(vm, old.cr3),
+	       PAGE_SIZE);
+	sregs.cr0 ^= X86_CR0_MP;
+	sregs.cr2 = 0x123456000;
+	sregs.cr4 ^= X86_CR4_TSD;
+	sregs.cr8 = 5;
+	sregs.fs.base = 0x1234;
+	sregs.gdt.limit ^= 0x1000;
+	assert_err(set_sregs(0, &sregs), 0);
+	assert_sregs(&sregs);
+	reply_continue(&ev);
+	assert_guest_runs(vm);
+
+	/* Without an event, of any kind */
+	assert_err(control_cr(0, 3, 1), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_CR, 1), 0);
+	sregs.cr3 = old.cr3;
+	assert_err(set_sregs(0, &sregs), 0);
+	assert_sregs(&sregs);
+	assert_quiet();
+	assert_guest_runs(vm);
+
+	stop_guest(&r);
+	vcpu_sregs_get(vcpu, &is);
+	TEST_ASSERT_EQ(is.cr3, sregs.cr3);
+	TEST_ASSERT_EQ(is.cr4, sregs.cr4);
+	TEST_ASSERT_EQ(is.fs.base, sregs.fs.base);
+	unhook(vm);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_sregs_errors, guest_count)
+{
+	struct kvm_sregs sregs, old;
+	struct event ev;
+	struct runner r;
+
+#define assert_bad(change)						\
+do {									\
+	sregs = old;							\
+	/* Not this either, then */					\
+	sregs.cr8 = 3;							\
+	sregs.cr4 ^= X86_CR4_TSD;					\
+	change;								\
+	assert_err(set_sregs(0, &sregs), -KVM_EINVAL);			\
+	assert_sregs(&old);						\
+} while (0)
+
+	start_to_pause(&r, vcpu, &ev);
+	old = ev.common.arch.sregs;
+	assert_bad(sregs.efer ^= EFER_SCE);
+	assert_bad(sregs.apic_base ^= 0x1000);
+	assert_bad(sregs.interrupt_bitmap[1] = 1);
+	assert_bad(sregs.cr0 &= ~X86_CR0_PG);
+	assert_bad(sregs.cr0 &= ~X86_CR0_PE);
+	assert_bad(sregs.cr3 |= 1ull << 60);
+	assert_bad(sregs.cr4 |= 1ull << 31);
+	assert_bad(sregs.cr4 &= ~X86_CR4_PAE);
+	assert_bad(sregs.cr8 = 16);
+	assert_bad(sregs.cs.db = 1);
+	assert_err(__vcpu_command(KVMI_VCPU_SET_SREGS, 0, &old,
+				  sizeof(old) - 1, NULL, 0), -KVM_EINVAL);
+	reply_continue(&ev);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+#define MANY_MSRS	510
+
+struct set_msrs {
+	struct kvmi_vcpu_set_msrs req;
+	struct kvm_msr_entry entries[MANY_MSRS];
+};
+
+static int set_msrs(struct set_msrs *set, u32 *done)
+{
+	struct kvmi_vcpu_set_msrs_reply rpl = {};
+	int err;
+
+	err = __vcpu_command(KVMI_VCPU_SET_MSRS, 0, set, sizeof(set->req) +
+			     set->req.nmsrs * sizeof(set->entries[0]), &rpl,
+			     sizeof(rpl));
+	TEST_ASSERT_EQ(rpl.padding, 0);
+	*done = rpl.nmsrs;
+	return err;
+}
+
+static u64 get_msr(u32 index)
+{
+	static struct registers_reply rpl;
+
+	assert_err(get_registers(0, 1, index, &rpl), 0);
+	return rpl.rpl.msrs.entries[0].data;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_msrs, guest_count)
+{
+	static struct set_msrs set = {
+		.req.nmsrs = 4,
+		.entries = {
+			{ .index = MSR_LSTAR, .data = 0x1000 },
+			{ .index = MSR_KERNEL_GS_BASE, .data = 0x2000 },
+			/* Not canonical */
+			{ .index = MSR_LSTAR, .data = 1ull << 63 },
+			{ .index = MSR_STAR, .data = 0x3000 },
+		},
+	};
+	u64 star;
+	struct runner r;
+	unsigned int i;
+	u32 done;
+
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	/* Without an event */
+	assert_err(control_msr(0, MSR_LSTAR, 1), 0);
+	assert_err(control_event(0, KVMI_VCPU_EVENT_MSR, 1), 0);
+	star = get_msr(MSR_STAR);
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 2);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), 0x1000);
+	TEST_ASSERT_EQ(get_msr(MSR_KERNEL_GS_BASE), 0x2000);
+	TEST_ASSERT_EQ(get_msr(MSR_STAR), star);
+	assert_quiet();
+
+	set.req.nmsrs = 0;
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 0);
+
+	for (i = 0; i < MANY_MSRS; i++) {
+		set.entries[i].index = MSR_LSTAR;
+		set.entries[i].data = i;
+	}
+	set.req.nmsrs = MANY_MSRS;
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, MANY_MSRS);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), MANY_MSRS - 1);
+
+	/* Errors, without a write before them */
+	set.req.nmsrs = 2;
+	set.req.padding = 1;
+	assert_err(set_msrs(&set, &done), -KVM_EINVAL);
+	set.req.padding = 0;
+	set.entries[1].reserved = 1;
+	assert_err(set_msrs(&set, &done), -KVM_EINVAL);
+	set.entries[1].reserved = 0;
+	assert_err(__vcpu_command(KVMI_VCPU_SET_MSRS, 0, &set,
+				  sizeof(set.req) + 2 * 16 - 1, NULL, 0),
+		   -KVM_EINVAL);
+	set.req.nmsrs = ~0u;
+	assert_err(__vcpu_command(KVMI_VCPU_SET_MSRS, 0, &set,
+				  sizeof(set.req) + 2 * 16, NULL, 0),
+		   -KVM_EINVAL);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), MANY_MSRS - 1);
+	assert_guest_runs(vcpu->vm);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
+/* What userspace doesn't let the guest write, the tool can't write either */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_set_msrs_filtered, guest_count)
+{
+	static struct set_msrs set = {
+		.req.nmsrs = 1,
+		.entries[0] = { .index = MSR_LSTAR, .data = 0x1000 },
+	};
+	u8 denied = 0;
+	struct kvm_msr_filter filter = {
+		.flags = KVM_MSR_FILTER_DEFAULT_ALLOW,
+		.ranges[0] = {
+			.flags = KVM_MSR_FILTER_WRITE,
+			.nmsrs = 1,
+			.base = MSR_LSTAR,
+			.bitmap = &denied,
+		},
+	};
+	struct runner r;
+	u32 done;
+
+	vm_enable_cap(vcpu->vm, KVM_CAP_X86_USER_SPACE_MSR,
+		      KVM_MSR_EXIT_REASON_FILTER);
+	vm_ioctl(vcpu->vm, KVM_X86_SET_MSR_FILTER, &filter);
+	hook(vcpu->vm);
+	start(&r, vcpu);
+	assert_err(set_msrs(&set, &done), 0);
+	TEST_ASSERT_EQ(done, 0);
+	TEST_ASSERT_EQ(get_msr(MSR_LSTAR), 0);
+	stop_guest(&r);
+	unhook(vcpu->vm);
+}
+
 static void begin_op(struct kvm_vm *vm, u64 what, u64 target, u64 arg,
 		     u64 repeat)
 {
@@ -7228,7 +7500,7 @@ TEST_F(kvmi, memory_accounted)
 
 	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
 				    EXTRA_SLOT, pages, 0);
-	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, SPARSE_GPA,
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_SHMEM, SPARSE_GPA,
 				    SPARSE_SLOT, SPARSE_PAGES, 0);
 	hook(vm);
 	/* There, and mapped, already */
