@@ -259,7 +259,7 @@ class Guest:
         """tell(), and wait for the answer; returns what it said from then on."""
         said = len(self.output())
         self.tell(command)
-        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
+        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 100, f"the guest to say '{answer}'")
         return self.output()[said:]
 
     def text(self):
