@@ -753,6 +753,16 @@ def client_unhook(g):
     same_memory(before, code(g), "after the client of the older library")
 
 
+@scenario()
+def client_example(g):
+    """The first tool of the examples: ten changes of the address space, then it goes by itself."""
+    r = subprocess.run([BUILD / "examples/first-tool", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60,
+                       env=dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib")))
+    print(r.stdout.decode())
+    assert r.returncode == 0 and r.stdout.count(b"CR3 0x") == 10, f"status {r.returncode}"
+    g.wait_alive()
+
+
 # --- the host without introspection ------------------------------------------------------------------------------------
 
 
