@@ -6,6 +6,8 @@
 
 #include "qemu/osdep.h"
 #include "block/aio.h"
+#include "qemu/bitops.h"
+#include "qemu/coroutine.h"
 #include "qemu/main-loop.h"
 #include "system/runstate.h"
 #include "system/stop-gate.h"
@@ -20,20 +22,26 @@ typedef struct StopTransition {
     const char *name;
     StopPolicy policy;
     bool holds;             /* keeps the gate closed until stop_gate_leave() */
-    bool user;              /* the user wants a pause, and cont is the contrary */
+    bool user;              /* the user wants a pause: cont is the contrary */
+    uint32_t moot_by;       /* actions that make it pointless */
 } StopTransition;
 
 static const StopTransition transitions[STOP_ACTION__MAX] = {
     [STOP_ACTION_STOP]           = { "stop",           STOP_WAIT,
                                      .user = true },
-    [STOP_ACTION_DEBUG]          = { "debug",          STOP_CUT },
-    [STOP_ACTION_SAVE]           = { "save",           STOP_CUT },
+    [STOP_ACTION_DEBUG]          = { "debug",          STOP_WAIT,
+                                     .user = true },
+    [STOP_ACTION_SAVE]           = { "save",           STOP_WAIT,
+                                     .moot_by = BIT(STOP_ACTION_SHUTDOWN) },
     [STOP_ACTION_LOAD]           = { "load",           STOP_CUT },
     [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_WAIT,
                                      .holds = true },
-    [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_CUT },
+    [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_WAIT,
+                                     .moot_by = BIT(STOP_ACTION_LOAD) |
+                                                BIT(STOP_ACTION_RESET) |
+                                                BIT(STOP_ACTION_SHUTDOWN) },
     [STOP_ACTION_RESET]          = { "reset",          STOP_CUT },
-    [STOP_ACTION_SHUTDOWN]       = { "shutdown",       STOP_CUT },
+    [STOP_ACTION_SHUTDOWN]       = { "shutdown",       STOP_WAIT },
     [STOP_ACTION_GUEST_PANIC]    = { "guest-panic",    STOP_CUT },
     [STOP_ACTION_IO_ERROR]       = { "io-error",       STOP_CUT },
     [STOP_ACTION_INTERNAL_ERROR] = { "internal-error", STOP_CUT },
@@ -189,9 +197,7 @@ bool stop_gate_enter(StopWaiter *waiter, StopAction action)
     }
 
     QLIST_FOREACH_SAFE(guard, &guards, next, next) {
-        if (!guard->busy) {
-            guard->busy = guard->announce(guard, action);
-        }
+        guard->busy = guard->announce(guard, action);
     }
     if (!anybody_busy()) {
         return true;
@@ -220,24 +226,40 @@ void stop_gate_leave(StopWaiter *waiter)
     tell_open();
 }
 
+static void cancel(StopWaiter *waiter)
+{
+    trace_stop_gate_cancel(transitions[waiter->action].name);
+    waiter->state = STOP_WAITER_CANCELLED;
+}
+
 void stop_gate_cut(StopAction action)
 {
     StopGuard *guard, *next;
+    StopWaiter *waiter;
 
     assert(action < STOP_ACTION__MAX);
     QLIST_FOREACH_SAFE(guard, &guards, next, next) {
         guard->cut(guard, action);
     }
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (transitions[waiter->action].moot_by & BIT(action)) {
+            cancel(waiter);
+        }
+    }
+    schedule_waiters();
 }
 
 void stop_gate_cancel(void)
 {
+    StopGuard *guard;
     StopWaiter *waiter;
 
+    QLIST_FOREACH(guard, &guards, next) {
+        guard->cont(guard);
+    }
     QTAILQ_FOREACH(waiter, &waiters, next) {
         if (transitions[waiter->action].user) {
-            trace_stop_gate_cancel(transitions[waiter->action].name);
-            waiter->state = STOP_WAITER_CANCELLED;
+            cancel(waiter);
         }
     }
     schedule_waiters();
@@ -258,20 +280,81 @@ bool stop_gate_closed(void)
     return false;
 }
 
-static void pause_done(StopWaiter *waiter, bool cancelled)
+bool stop_gate_guarded(void)
+{
+    return !QLIST_EMPTY(&guards);
+}
+
+typedef struct StopRun {
+    StopWaiter waiter;
+    StopGateFunc *func;
+    void *opaque;
+} StopRun;
+
+static void run_done(StopWaiter *waiter, bool cancelled)
+{
+    StopRun *run = container_of(waiter, StopRun, waiter);
+
+    run->func(run->opaque, cancelled);
+    g_free(run);
+}
+
+void stop_gate_run(StopAction action, StopGateFunc *func, void *opaque)
+{
+    StopRun *run = g_new0(StopRun, 1);
+
+    run->waiter.done = run_done;
+    run->func = func;
+    run->opaque = opaque;
+    if (stop_gate_enter(&run->waiter, action)) {
+        run_done(&run->waiter, false);
+    }
+}
+
+typedef struct StopCoRun {
+    StopAction action;
+    StopGateFunc *func;
+    void *opaque;
+    Coroutine *co;
+} StopCoRun;
+
+static void co_run_done(void *opaque, bool cancelled)
+{
+    StopCoRun *run = opaque;
+
+    run->func(run->opaque, cancelled);
+    aio_co_wake(run->co);
+}
+
+static void co_run_bh(void *opaque)
+{
+    StopCoRun *run = opaque;
+
+    stop_gate_run(run->action, co_run_done, run);
+}
+
+void coroutine_fn stop_gate_co_run(StopAction action, StopGateFunc *func,
+                                   void *opaque)
+{
+    StopCoRun run = {
+        .action = action,
+        .func = func,
+        .opaque = opaque,
+        .co = qemu_coroutine_self(),
+    };
+
+    aio_bh_schedule_oneshot(iohandler_get_aio_context(), co_run_bh, &run);
+    qemu_coroutine_yield();
+}
+
+static void pause_vm(void *opaque, bool cancelled)
 {
     if (!cancelled) {
         vm_stop(RUN_STATE_PAUSED);
     }
-    g_free(waiter);
 }
 
 void stop_gate_pause(void)
 {
-    StopWaiter *waiter = g_new0(StopWaiter, 1);
-
-    waiter->done = pause_done;
-    if (stop_gate_enter(waiter, STOP_ACTION_STOP)) {
-        pause_done(waiter, false);
-    }
+    stop_gate_run(STOP_ACTION_STOP, pause_vm, NULL);
 }

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -195,6 +196,7 @@ def combine(g, way_class, tools, options=None):
                 tool.during(mark)
             pulse.until(way.done, 60, f"{way.name} to end, with a tool that is {tool.name}")
             took = time.monotonic() - begin
+            pulse.beat()        # and with it, what QMP had to tell so far
             ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"]
             if tool.outcome is None:
                 assert not ends, ends
@@ -433,6 +435,538 @@ def gate_migrate_start_time(g):
         target.kill()
     print((target.dir / "stderr").read_text())
     cont(g)
+
+
+# --- pause, debugger --------------------------------------------------------------------------------------------------
+
+
+class Stop(Way):
+    name, action, stops = "stop (QMP)", "stop", True
+    command = ("stop", {})
+
+
+class Human(Way):
+    """A command of the human monitor, as libvirt gives them: through QMP"""
+
+    def begin(self):
+        self.number = self.g.qmp.send("human-monitor-command", command_line=self.line)
+
+    def check(self, tool):
+        assert self.g.qmp.result(self.number, 1) == "", self.g.qmp.replies[self.number]
+        super().check(tool)
+
+
+class HumanStop(Human):
+    name, action, stops, line = "stop (HMP)", "stop", True, "stop"
+
+
+class Debugger(Way):
+    """A debugger connects and asks why the guest has stopped."""
+    name, action, stops = "gdb", "debug", True
+
+    def begin(self):
+        path = f"{DIR}/gdb"
+        if not os.path.exists(path):
+            self.g.hmp(f"gdbserver unix:{path},server=on,wait=off")
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)
+        self.sock.sendall(b"$?#3f")
+        self.sock.setblocking(False)
+        self.got = b""
+
+    def done(self):
+        try:
+            self.got += self.sock.recv(4096)
+        except BlockingIOError:
+            pass
+        return b"$T" in self.got
+
+    def check(self, tool):
+        assert self.g.qmp.execute("query-status")["status"] == "paused"
+        same_memory(self.before, code(self.g), "stopped by a debugger")
+
+    def after(self):
+        self.sock.setblocking(True)
+        self.sock.sendall(b"+$D#44")
+        wait_until(lambda: self.g.qmp.execute("query-status")["running"], 10, "the guest to run when gdb is detached")
+        self.sock.close()
+
+
+@scenario(timeout=200)
+def gate_stop(g):
+    """QMP's stop, with all kinds of tools."""
+    combine(g, Stop, ALL)
+
+
+@scenario(timeout=150)
+def gate_stop_by_others(g):
+    """The human monitor's stop, and a debugger's."""
+    combine(g, HumanStop, FEW)
+    combine(g, Debugger, (NoTool, *FEW))
+
+
+# --- snapshots and dumps ----------------------------------------------------------------------------------------------
+
+
+class Savevm(Human):
+    """An internal snapshot; it is loaded to look at it, which cuts off whoever is there."""
+    name, action, line = "savevm", "save", "savevm snap"
+
+    def check(self, tool):
+        super().check(tool)
+        if tool.planted:
+            g, mark = self.g, self.g.qmp.mark()
+            g.qmp.execute("stop")
+            assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=60) == ""
+            same_memory(self.before, code(g), "the snapshot")
+            g.qmp.execute("cont")
+        assert self.g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
+
+
+class SnapshotSave(Savevm):
+    name = "snapshot-save"
+    serial = 0
+
+    def begin(self):
+        SnapshotSave.serial += 1
+        self.job = f"save{self.serial}"
+        self.g.qmp.execute("snapshot-save", job_id=self.job, tag="snap", vmstate="disk", devices=["disk"])
+
+    def state(self):
+        return next(j for j in self.g.qmp.execute("query-jobs") if j["id"] == self.job)
+
+    def done(self):
+        return self.state()["status"] == "concluded"
+
+    def check(self, tool):
+        assert "error" not in self.state(), self.state()
+        self.g.qmp.execute("job-dismiss", id=self.job)
+        self.number = self.g.qmp.send("human-monitor-command", command_line="")
+        self.g.qmp.result(self.number)
+        super().check(tool)
+
+
+def dumped(path, start, end):
+    """The guest's memory from start to end in an ELF dump."""
+    with open(path, "rb") as f:
+        head = f.read(64)
+        offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+        for i in range(count):
+            f.seek(offset + i * size)
+            kind, _, where, _, physical, length = struct.unpack("<IIQQQQ", f.read(40))
+            if kind == 1 and physical <= start and end <= physical + length:
+                f.seek(where + start - physical)
+                return f.read(end - start)
+    raise AssertionError("the dump does not have the kernel's code")
+
+
+class Dump(Way):
+    name, action, file, detach = "dump-guest-memory", "save", f"{DIR}/elf", False
+
+    def begin(self):
+        self.mark = self.g.qmp.mark()
+        self.number = self.g.qmp.send("dump-guest-memory", paging=False, protocol=f"file:{self.file}", detach=self.detach)
+
+    def done(self):
+        return self.number in self.g.qmp.replies and any(e["event"] == "DUMP_COMPLETED" for e in self.g.qmp.events[self.mark:])
+
+    def check(self, tool):
+        super().check(tool)
+        assert self.g.qmp.execute("query-dump")["status"] == "completed"
+        start, end, _ = self.g.text()
+        same_memory(self.before, dumped(self.file, start, end), "the dump")
+        os.unlink(self.file)
+
+
+class DumpDetached(Dump):
+    name, detach = "dump-guest-memory, detached", True
+
+
+class DumpHuman(Dump, Human):
+    name, line = "dump-guest-memory (HMP)", f"dump-guest-memory {Dump.file}"
+
+    def begin(self):
+        self.mark = self.g.qmp.mark()
+        Human.begin(self)
+
+
+@scenario(timeout=200)
+def gate_savevm(g):
+    """An internal snapshot by HMP's savevm."""
+    combine(g, Savevm, ALL)
+
+
+@scenario(timeout=120)
+def gate_snapshot_save(g):
+    """An internal snapshot by QMP's job."""
+    combine(g, SnapshotSave, FEW)
+
+
+@scenario(timeout=120)
+def gate_snapshot_save_cancelled(g):
+    """The job can be cancelled while it waits, and then nothing is saved; the guest has not even stopped."""
+    with Hung(g) as tool:
+        mark = g.qmp.mark()
+        way = SnapshotSave(g, None)
+        way.begin()
+        tool.unhooking(mark)
+        g.qmp.execute("job-cancel", id=way.job)
+        wait_until(way.done, 1, "the job to end", pause=0.01)
+        assert way.state().get("error"), way.state()
+        g.qmp.execute("job-dismiss", id=way.job)
+        tool.watch.signal(signal.SIGCONT)
+        wait_state(g, "hooked", mark)
+        kinds = [e["event"] for e in g.qmp.events[mark:]]
+        assert "STOP" not in kinds, kinds
+        assert "no snapshot" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
+
+
+@scenario(timeout=200)
+def gate_dump(g):
+    """dump-guest-memory: the guest runs on until the tool has left, stops for the dump, and the tool comes back."""
+    combine(g, Dump, ALL)
+
+
+@scenario(timeout=120)
+def gate_dump_otherwise(g):
+    """Detached, and by HMP."""
+    combine(g, DumpDetached, FEW)
+    combine(g, DumpHuman, FEW)
+
+
+@scenario(timeout=120)
+def gate_several_at_once(g):
+    """While a snapshot waits: a stop, a cont, a dump, and the client that asked for the snapshot leaves. Each gets what it wanted."""
+    before = code(g)
+    with Hung(g) as tool:
+        mark, human, other = g.qmp.mark(), HMP(), QMP(DIR / "qmp2")
+        other.send("human-monitor-command", command_line="savevm snap")
+        tool.unhooking(mark)
+        human.send("stop")
+        other.close()
+        time.sleep(0.3)
+        g.qmp.execute("query-kvmi", oob=True)
+        tool.watch.signal(signal.SIGCONT)
+        human.prompt("stop")
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"]
+        assert [e["outcome"] for e in ends] == ["clean"], ends
+        same_memory(before, code(g), "after savevm and stop")
+        assert "snap" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
+        cont(g)
+        wait_state(g, "hooked", mark)
+        # cont isn't the contrary of a dump: it is made, and the guest runs on
+        tool.watch.signal(signal.SIGSTOP)
+        mark = g.qmp.mark()
+        way = Dump(g, before)
+        way.begin()
+        tool.unhooking(mark)
+        human.send("cont")
+        human.prompt("cont")
+        tool.watch.signal(signal.SIGCONT)
+        wait_until(lambda: g.qmp.execute("query-kvmi", oob=True) and way.done(), 30, "the dump")
+        way.check(tool)
+        human.sock.close()
+        assert g.qmp.execute("query-status")["running"]
+    assert g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
+
+
+# --- what can't wait --------------------------------------------------------------------------------------------------
+
+
+class Load(Human):
+    """Return to a snapshot while a tool is there"""
+    name, action, waits, line = "loadvm", "load", False, "loadvm snap"
+
+
+class SnapshotLoad(SnapshotSave):
+    name, action, waits = "snapshot-load", "load", False
+
+    def begin(self):
+        SnapshotSave.serial += 1
+        self.job = f"load{self.serial}"
+        self.g.qmp.execute("snapshot-load", job_id=self.job, tag="snap", vmstate="disk", devices=["disk"])
+
+    def check(self, tool):
+        assert "error" not in self.state(), self.state()
+        self.g.qmp.execute("job-dismiss", id=self.job)
+
+
+class FromInside(Way):
+    """Something that happens in the guest stops it."""
+    waits, stops = False, True
+
+    def begin(self):
+        self.mark = self.g.qmp.mark()
+        self.g.tell(self.what)
+
+    def done(self):
+        return any(e["event"] == "STOP" for e in self.g.qmp.events[self.mark:])
+
+    def check(self, tool):
+        assert self.g.qmp.execute("query-status")["status"] == self.status
+        same_memory(self.before, code(self.g), f"stopped by {self.name}")
+
+
+class Panic(FromInside):
+    name, action, status, what = "guest panic", "guest-panic", "guest-panicked", "out 505 1"
+
+
+class Watchdog(FromInside):
+    name, action, status, what = "watchdog", "watchdog", "watchdog", "out 443 f"
+
+
+@scenario(timeout=200)
+def gate_cut(g):
+    """What can't wait cuts the tool off at once, and leaves the guest clean all the same; the tool is back when the guest runs."""
+    g.qmp.execute("set-action", panic="pause", watchdog="pause")
+    for way in (Panic, Watchdog):
+        combine(g, way, FEW)
+    assert g.qmp.execute("human-monitor-command", command_line="savevm snap", timeout=30) == ""
+    for way in (Load, SnapshotLoad):
+        combine(g, way, FEW)
+    with Prompt(g) as tool:
+        mark, tool_mark = g.qmp.mark(), tool.watch.mark()
+        assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=30) == ""
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
+        tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
+    assert g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
+
+
+class Reset(Way):
+    name, action, waits, command = "system_reset", "reset", False, ("system_reset", {})
+
+    def done(self):
+        return any(e["event"] == "RESET" for e in self.g.qmp.events)
+
+
+@scenario(timeout=200, fresh=True)
+def gate_reset(g):
+    """A reset cuts the tool off; it is let in again, and told another start time. So for one that the guest asks for."""
+    g.qmp.execute("set-action", reboot="reset")
+    with RawTool() as tool:
+        tool.accept().answer()
+        wait_state(g, "hooked")
+        started = tool.start_time
+        for why in ("system_reset", "reboot"):
+            time.sleep(1.1)         # the start time counts seconds
+            mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
+            if why == "reboot":
+                g.tell("reboot")
+            else:
+                g.qmp.execute("system_reset")
+            g.qmp.event("RESET", since=mark)
+            took = time.monotonic() - begin
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            assert (end["action"], end["outcome"]) == ("reset", "forced"), end
+            tool.accept().answer()
+            g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
+            assert tool.start_time > started, (tool.start_time, started)
+            started = tool.start_time
+            wait_until(lambda: g.output().count("text-physical") > boots, 60, "the guest to boot again")
+            g.wait_alive(60)
+            record(f"reset ({why})", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+
+
+@scenario(timeout=200, fresh=True)
+def gate_shutdown(g):
+    """Powered off, the guest is cut off; with on-shutdown=announce, the tool is asked to leave, within its deadline."""
+    before = code(g)
+    g.qmp.execute("set-action", shutdown="pause", reboot="reset")
+    for mode, outcome in (("cut", "forced"), ("announce", "clean")):
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value=mode)
+        with Prompt(g) as tool:
+            mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
+            before = code(g)
+            g.tell("power off")
+            g.qmp.event("SHUTDOWN", since=mark)
+            took = time.monotonic() - begin
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            assert (end["action"], end["outcome"]) == ("shutdown", outcome), end
+            g.qmp.event("STOP", since=mark)
+            left = [o for o in scenarios.breakpoint_offsets(g, HOT) if code(g)[o] == 0xcc]
+            assert not left, "breakpoints are left"
+            record(f"power off, on-shutdown={mode}", tool.name, outcome, f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+        g.qmp.execute("system_reset")
+        g.qmp.execute("cont")
+        wait_until(lambda: g.output().count("text-physical") > boots, 60, "the guest to boot again")
+        g.wait_alive(60)
+    # Quit and SIGTERM, which the tool delays for as long as it is given
+    g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=DEADLINE)
+    for again in (False, True):
+        if again:
+            g.start()
+            g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value="announce")
+        with Hung(g) as tool:
+            pid, mark, begin = int((DIR / "pid").read_text()), g.qmp.mark(), time.monotonic()
+            os.kill(pid, signal.SIGTERM)
+            tool.unhooking(mark)
+            if again:
+                g.qmp.send("quit")
+            g.qmp.event("SHUTDOWN", since=mark)
+            took = time.monotonic() - begin
+            wait_until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20, "QEMU's end")
+            if again:
+                assert took < 1, f"quit on top of SIGTERM took {took} s: 5 s are the deadline"
+            else:
+                assert DEADLINE / 1000 - 0.1 < took < DEADLINE / 1000 + 2, took
+            record("SIGTERM, on-shutdown=announce" + (", then quit" if again else ""), tool.name, "forced", "–", f"{took * 1000:.0f}", "–")
+    g.spoilt = True
+
+
+@scenario(timeout=120)
+def gate_quit_while_others_wait(g):
+    """QEMU ends while a snapshot job, a dump and a stop wait for a tool that hangs: nothing of that holds it up."""
+    with Hung(g) as tool:
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=60000)
+        pid, mark, human, other = int((DIR / "pid").read_text()), g.qmp.mark(), HMP(), QMP(DIR / "qmp2")
+        g.qmp.execute("snapshot-save", job_id="save", tag="snap", vmstate="disk", devices=["disk"])
+        tool.unhooking(mark)
+        human.send(f"dump-guest-memory {DIR}/elf")
+        other.send("stop")
+        time.sleep(0.3)
+        begin = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or not Path(f"/proc/{pid}/cmdline").read_bytes(), 10, "QEMU's end")
+        print(f"QEMU was gone after {time.monotonic() - begin:.1f} s")
+    g.spoilt = True
+
+
+# --- suspend to RAM ---------------------------------------------------------------------------------------------------
+
+
+class Suspend(Way):
+    name, action = "suspend to RAM", "suspend"
+
+    def begin(self):
+        self.mark = self.g.qmp.mark()
+        self.g.tell("suspend")
+
+    def done(self):
+        return any(e["event"] == "SUSPEND" for e in self.g.qmp.events[self.mark:])
+
+    def check(self, tool):
+        assert self.g.qmp.execute("query-status")["status"] == "suspended"
+        assert info(self.g)["state"] == "unhooked", info(self.g)
+        same_memory(self.before, code(self.g), "suspended")
+
+    def after(self):
+        self.g.qmp.execute("system_wakeup")
+
+
+@scenario(timeout=400, machine="q35")
+def gate_suspend(g):
+    """The guest suspends to RAM: it waits for the tool as for slow hardware; after it woke up the tool is let in again."""
+    combine(g, Suspend, (NoTool, *FEW))
+    with Hung(g) as tool:
+        # Paused during the wait, it is suspended when it is resumed
+        mark = g.qmp.mark()
+        g.tell("suspend")
+        tool.unhooking(mark)
+        g.hmp("stop")
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        g.qmp.event("SUSPEND", since=mark)
+        g.qmp.execute("cont")
+        assert g.qmp.execute("query-status")["status"] == "suspended"
+        g.qmp.execute("system_wakeup")
+        g.wait_alive()
+    g.spoilt = True
+
+
+# --- by command, and QEMU's other options -----------------------------------------------------------------------------
+
+
+@scenario()
+def gate_kvmi_unhook(g):
+    """kvmi-unhook empties a running guest until kvmi-hook or cont, and cuts a wait short, out of band; info kvmi tells."""
+    before = code(g)
+    with Prompt(g) as tool:
+        for back in ("kvmi-hook", "cont"):
+            mark, tool_mark = g.qmp.mark(), tool.watch.mark()
+            g.qmp.execute("kvmi-unhook")
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            assert (end["action"], end["outcome"], end["restored"]) == ("unhook", "clean", 0), end
+            tool.watch.event("closed", since=tool_mark)
+            assert g.qmp.execute("query-status")["running"] and info(g)["detached"]
+            same_memory(before, code(g), "running, unhooked by command")
+            g.wait_alive()
+            assert info(g)["state"] == "unhooked", info(g)
+            assert "kept away" in g.qmp.execute("human-monitor-command", command_line="info kvmi")
+            g.qmp.execute(back)
+            tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
+            record(f"kvmi-unhook, {back}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", "–", "–")
+        # A wait that is cut short
+        tool.watch.signal(signal.SIGSTOP)
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=60000)
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        tool.unhooking(mark)
+        g.qmp.execute("kvmi-unhook", oob=True)
+        g.qmp.result(number, 5, "the answer to a stop that was cut short")
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        assert (end["action"], end["outcome"], end["reason"]) == ("stop", "forced", "unhook"), end
+        # KVM has put back what the tool could not
+        assert end["restored"] == len(HOT), end
+        same_memory(before, code(g), "stopped, the wait cut short")
+        text = g.qmp.execute("human-monitor-command", command_line="info kvmi")
+        assert "forced by stop" in text and f"{len(HOT)} bytes restored" in text, text
+        print(text)
+        cont(g)
+
+
+@scenario(timeout=300, guest=False)
+def gate_started_otherwise(_):
+    """-daemonize, -run-with user=, -S, and the object's old name with its old spellings, all at once."""
+    g = Guest().start(kvmi=False, alive=False, extra=(
+        "-daemonize", "-S", "-run-with", "user=nobody", "-object", "secret,id=cookie,data=open sesame", "-object",
+        "introspection,id=kvmi0,chardev=tool,key=cookie,handshake_timeout=7,unhook_timeout=2,async_unhook=on,command=8,command=10,event=0"))
+    with RawTool() as tool:
+        os.chown(tool.server.getsockname(), 65534, 65534)
+        assert info(g)["state"] == "unhooked", info(g)
+        g.qmp.execute("cont")
+        tool.accept().answer(b"open sesame")
+        wait_state(g, "hooked")
+        i = info(g)
+        assert (i["handshake-timeout-ms"], i["unhook-timeout-ms"], i["events"]) == (7000, 2000, ["unhook"]), i
+        assert i["commands"][3:] == ["vm-get-info", "vm-control-events"], i
+        tool.subscribe_unhook()
+        g.wait_alive(240)
+        status = Path(f"/proc/{int((DIR / 'pid').read_text())}/status").read_text()
+        assert "\nUid:\t65534\t65534\t" in status, status
+        mark = g.qmp.mark()
+        number = g.qmp.send("stop")
+        tool.await_unhook()
+        tool.close()
+        g.qmp.result(number)
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        g.qmp.execute("cont")
+        tool.accept().answer(b"open sesame")        # and again, as a user who isn't root
+        wait_state(g, "hooked", mark)
+    g.kill()
+
+
+@scenario()
+def gate_fds(g):
+    """Nothing is left open by sessions that end in whatever way."""
+    pid = int((DIR / "pid").read_text())
+    counts = []
+    with RawTool() as tool:
+        for n in range(31):
+            mark = g.qmp.mark()
+            tool.accept().answer()
+            g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
+            if n % 3 == 0:
+                g.qmp.execute("stop")
+                g.qmp.execute("cont")
+            elif n % 3 == 1:
+                g.qmp.execute("kvmi-unhook", deadline_ms=0)
+                g.qmp.event("KVMI_UNHOOKED", since=mark)
+                g.qmp.execute("kvmi-hook")
+            tool.close()
+            g.qmp.event("KVMI_UNHOOKED", since=mark)
+            counts.append(len(os.listdir(f"/proc/{pid}/fd")))
+    print(counts)
+    assert max(counts[-6:]) <= max(counts[:6]), counts
 
 
 if __name__ == "__main__":

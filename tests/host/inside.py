@@ -4,6 +4,7 @@
 Every wait has a bound, and who waits in vain is told for what.
 """
 import hashlib
+import hmac
 import json
 import os
 import re
@@ -159,13 +160,13 @@ class Guest:
     """The virtual machine under test. It outlives the process that started it, so scenarios can share one."""
 
     cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
-               "audit=0 apparmor=0 nowatchdog")
+               "audit=0 apparmor=0 nowatchdog reboot=t")
 
     def __init__(self, folder=DIR):
         self.dir = folder
         self.serial = folder / "serial"
         self.trace = folder / "trace"
-        self.qmp = None
+        self.qmp = self.console = None
 
     @staticmethod
     def kvmi_options(**options):
@@ -184,7 +185,8 @@ class Guest:
                 "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline,
                 "-chardev", f"socket,id=console,path={self.dir}/console,server=on,wait=off,logfile={self.serial}", "-serial", "chardev:console",
                 "-blockdev", f"qcow2,node-name=disk,file.driver=file,file.filename={self.dir}/disk",
-                "-device", "pvpanic", "-device", "virtio-blk-device,drive=disk",
+                "-device", "pvpanic", "-device", "ib700",
+                "-device", ("virtio-blk-device" if "microvm" in machine else "virtio-blk-pci") + ",drive=disk",
                 "-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-qmp", f"unix:{self.dir}/qmp2,server=on,wait=off",
                 "-chardev", f"socket,id=hmp,path={self.dir}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
                 "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
@@ -200,15 +202,17 @@ class Guest:
         except (Late, OSError):
             raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
         if alive:
-            self.wait_alive(120)
+            self.wait_alive(240)
         return self
 
     def tell(self, command):
-        """Have the guest itself do something, see guest/busy.c."""
+        """Have the guest itself do something, see guest/busy.c; returns how much it had said before."""
+        said = len(self.output())
         with socket.socket(socket.AF_UNIX) as console:
             console.connect(str(self.dir / "console"))
             console.sendall(command.encode() + b"\n")
-            wait_until(lambda: f"guest: told to {command}" in self.output(), 20, f"the guest to hear '{command}'")
+            wait_until(lambda: f"guest: told to {command}" in self.output()[said:], 20, f"the guest to hear '{command}'")
+        return said
 
     def kill(self):
         try:
@@ -250,6 +254,12 @@ class Guest:
             return True
         except (AssertionError, OSError, QMPError):
             return False
+
+    def ask(self, command, answer):
+        """Tell it, and wait for its answer; returns what it has said since."""
+        said = self.tell(command)
+        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
+        return self.output()[said:]
 
     def text(self):
         """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
@@ -304,15 +314,13 @@ def symbols():
     return found
 
 
-class Watch:
-    """`kvmi watch --json` and what it said so far."""
+class Tool:
+    """A command of the tool that stays, `kvmi COMMAND --json`, and what it said so far."""
 
-    def __init__(self, *breaks, system_map=True, options=()):
-        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json", *options]
+    def __init__(self, command, *options, system_map=True):
+        argv = [str(BUILD / "tools/kvmi"), command, "--socket", str(SOCKET), "--json", *options]
         if system_map:
             argv += ["--system-map", str(BUILD / "linux/System.map")]
-        for b in breaks:
-            argv += ["--break", b]
         env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
         self.errors = open("/run/watch.stderr", "w+")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, env=env)
@@ -367,6 +375,27 @@ class Watch:
         return self.process.wait(max(end - time.monotonic(), 0.1))
 
 
+class Watch(Tool):
+    """`kvmi watch` with these breakpoints."""
+
+    def __init__(self, *breaks, system_map=True, options=()):
+        super().__init__("watch", *(o for b in breaks for o in ("--break", b)), *options, system_map=system_map)
+
+
+def kvmi(command, *arguments, timeout=60, status=0, socket=True):
+    """Runs a command of the tool that ends by itself; returns (what it printed, what it complained about)."""
+    argv = [str(BUILD / "tools/kvmi"), command, *(["--socket", str(SOCKET)] if socket else []), *arguments]
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
+    r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, timeout=timeout)
+    out, errors = r.stdout.decode(), r.stderr.decode()
+    assert r.returncode == status, f"kvmi {command} ended with status {r.returncode}: {errors}{out[-2000:]}"
+    return out, errors
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
 # The numbers of linux/kvmi.h that the client below uses
 GET_VERSION, CHECK_COMMAND, VM_GET_INFO, VM_CONTROL_EVENTS, READ_PHYSICAL, WRITE_PHYSICAL, PAUSE_VCPU = 2, 4, 8, 10, 12, 14, 16
 GET_REGISTERS = 7
@@ -402,6 +431,7 @@ class RawTool:
         self.sock.settimeout(timeout)
         size, = struct.unpack("=I", self.exactly(4))
         hello = self.exactly(size - 4)
+        self.hello = struct.pack("=I", size) + hello
         self.uuid, self.name = hello[:16], hello[28:92].split(b"\0")[0].decode()
         self.start_time, = struct.unpack_from("=q", hello, 20)
         return self
@@ -409,6 +439,16 @@ class RawTool:
     def answer(self, cookie=b""):
         self.sock.sendall(struct.pack("=I20s", 24, hashlib.sha1(cookie).digest()))
         return self
+
+    def answer_hmac(self, key):
+        """The tool's side of auth=hmac, see qemu/docs/interop/kvmi.rst; returns whether QEMU knows the key, too."""
+        assert len(self.hello) == 144 and struct.unpack_from("=I", self.hello, 104) == (1,), self.hello
+        answer = struct.pack("=I20sII", 96, b"", 1, 0) + os.urandom(32)
+        answer += hmac.digest(key, b"kvmi-hmac-tool\0\0" + self.hello + answer, "sha256")
+        self.sock.sendall(answer)
+        size, _, proof = struct.unpack("=II32s", self.exactly(40))
+        assert size == 40
+        return hmac.compare_digest(proof, hmac.digest(key, b"kvmi-hmac-qemu\0\0" + self.hello + answer, "sha256"))
 
     def exactly(self, n):
         data = b""

@@ -287,6 +287,8 @@ void sim_serve_one(struct sim *sim)
 			.features.get_page_access = !sim->old,
 			.features.get_max_gfn = !sim->old,
 			.features.journal = !sim->old,
+			.features.set_sregs = !sim->old,
+			.features.set_msrs = !sim->old,
 		};
 
 		g_assert_cmpuint(sim->last.size, ==, 0);
@@ -431,6 +433,30 @@ void sim_serve_one(struct sim *sim)
 		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(sim->xsave));
 		memcpy(sim->xsave, body + 8, sizeof(sim->xsave));
 		break;
+	case KVMI_VCPU_SET_SREGS:
+		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(struct kvm_sregs));
+		if (body[8])
+			error = -KVM_EINVAL;
+		break;
+	case KVMI_VCPU_SET_MSRS: {
+		struct kvmi_vcpu_set_msrs_reply reply = { 0 };
+		struct kvm_msr_entry entry;
+		uint32_t count;
+
+		memcpy(&count, body + 8, sizeof(count));
+		g_assert_cmpuint(sim->last.size, ==, 16 + count * sizeof(entry));
+		/* Number i has the value i; it can't have another */
+		for (; reply.nmsrs < count; reply.nmsrs++) {
+			memcpy(&entry, body + 16 + reply.nmsrs * sizeof(entry),
+			       sizeof(entry));
+			g_assert_cmphex(entry.reserved, ==, 0);
+			if (entry.data != entry.index)
+				break;
+		}
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
 	case KVMI_VCPU_CONTROL_CR:
 	case KVMI_VCPU_CONTROL_MSR:
 		g_assert_cmpuint(sim->last.size, ==, 16);

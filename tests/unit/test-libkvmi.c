@@ -118,7 +118,7 @@ static void test_names(void)
 			"vcpu-translate-gva");
 	g_assert_null(kvmi_command_name(0));
 	g_assert_null(kvmi_command_name(1));
-	g_assert_null(kvmi_command_name(31));
+	g_assert_null(kvmi_command_name(35));
 	g_assert_null(kvmi_command_name(UINT32_MAX));
 	g_assert_cmpstr(kvmi_event_name(KVMI_EV_BREAKPOINT), ==, "breakpoint");
 	g_assert_null(kvmi_event_name(2));
@@ -435,17 +435,22 @@ static void test_commands(void)
 static void test_more_commands(void)
 {
 	struct kvmi_page_access pages[1200];
+	static uint64_t values[KVMI_MSRS_MAX + 1];
+	static uint32_t msrs[KVMI_MSRS_MAX + 1];
 	uint8_t state[KVMI_XSAVE_SIZE], byte;
+	struct kvm_sregs sregs;
 	struct sim *sim = sim_new();
 	struct kvmi_vm *vm = connect_vm(sim);
 	const struct kvmi_vm_version *version = kvmi_vm_get_version(vm);
 	struct kvmi_cpuid cpuid;
 	uint64_t value;
-	size_t i;
+	size_t i, count;
 
 	g_assert_true(version->get_page_access);
 	g_assert_true(version->get_max_gfn);
 	g_assert_true(version->journal);
+	g_assert_true(version->set_sregs);
+	g_assert_true(version->set_msrs);
 
 	ok(kvmi_vcpu_control_cr(vm, 1, 4, true, err));
 	g_assert_cmpint(sim->last_body[8], ==, 4);
@@ -492,6 +497,26 @@ static void test_more_commands(void)
 	ok(kvmi_vcpu_get_xsave(vm, 0, state, err));
 	g_assert_cmphex(state[0], ==, 0x5a);
 	g_assert_cmphex(state[KVMI_XSAVE_SIZE - 1], ==, 0x5a);
+
+	memset(&sregs, 0, sizeof(sregs));
+	ok(kvmi_vcpu_set_sregs(vm, 0, &sregs, err));
+	memset(&sregs, 1, sizeof(sregs));
+	fails(kvmi_vcpu_set_sregs(vm, 0, &sregs, err), KVMI_ERR_INVALID);
+	fails(kvmi_vcpu_set_sregs(vm, 0, NULL, err), KVMI_ERR_ARGUMENT);
+
+	for (i = 0; i < KVMI_MSRS_MAX + 1; i++)
+		values[i] = msrs[i] = i;
+	ok(kvmi_vcpu_set_msrs(vm, 0, msrs, values, KVMI_MSRS_MAX, &count, err));
+	g_assert_cmpint(count, ==, KVMI_MSRS_MAX);
+	ok(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 1, NULL, err));
+	values[3] = 0x1234;
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 5, &count, err),
+	      KVMI_ERR_INVALID);
+	g_assert_cmpint(count, ==, 3);
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, KVMI_MSRS_MAX + 1, &count,
+				 err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 0, &count, err),
+	      KVMI_ERR_ARGUMENT);
 
 	ok(kvmi_vm_get_max_gfn(vm, &value, err));
 	g_assert_cmpint(value, ==, SIM_MEMORY / 4096 - 1);

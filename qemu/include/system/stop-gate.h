@@ -21,6 +21,7 @@
 #define SYSTEM_STOP_GATE_H
 
 #include "qapi/qapi-types-run-state.h"
+#include "qemu/coroutine.h"
 #include "qemu/queue.h"
 
 /* What stops the guest */
@@ -46,6 +47,8 @@ struct StopGuard {
     /*
      * The guest is about to stop.  True: not yet, please; the guard then
      * calls stop_gate_release() when it is ready, within a bounded time.
+     * This can come again before that, for something else that stops the
+     * guest.
      */
     bool (*announce)(StopGuard *guard, StopAction action);
 
@@ -57,6 +60,9 @@ struct StopGuard {
      * go back to its work.  Not called when the guest runs again.
      */
     void (*open)(StopGuard *guard);
+
+    /* The user wants the guest to run. */
+    void (*cont)(StopGuard *guard);
 
     /* private */
     bool busy;
@@ -74,8 +80,9 @@ typedef enum StopWaiterState {
 typedef struct StopWaiter StopWaiter;
 struct StopWaiter {
     /*
-     * The guest may stop; or, if @cancelled, it is to run on.  Called in the
-     * main loop, outside coroutines.
+     * The guest may stop.  Or, if @cancelled, it is not to: the user wants it
+     * to run on, or it was reset or shut down meanwhile.  Called in the main
+     * loop, outside coroutines.
      */
     void (*done)(StopWaiter *waiter, bool cancelled);
 
@@ -113,6 +120,25 @@ void stop_gate_cancel(void);
 
 /* Is somebody about to stop the guest, be it in a while? */
 bool stop_gate_closed(void);
+
+/*
+ * Is there any guard?  If not, entering the gate does nothing.
+ */
+bool stop_gate_guarded(void);
+
+/* Like StopWaiter.done() */
+typedef void StopGateFunc(void *opaque, bool cancelled);
+
+/* Enter the gate and call @func when the guards are ready, maybe at once. */
+void stop_gate_run(StopAction action, StopGateFunc *func, void *opaque);
+
+/*
+ * Likewise, from a coroutine: it goes on when @func has returned.  @func, which
+ * probably stops the guest, runs outside coroutines: vm_stop() isn't made for
+ * them.
+ */
+void coroutine_fn stop_gate_co_run(StopAction action, StopGateFunc *func,
+                                   void *opaque);
 
 /* Pause the guest, once the guards are ready; for who needs no answer. */
 void stop_gate_pause(void);

@@ -26,6 +26,7 @@
 #include "qapi/util.h"
 #include "qemu/bswap.h"
 #include "qemu/config-file.h"
+#include "qemu/coroutine.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
@@ -57,6 +58,8 @@ static struct {
     int fd;                 /* the tool's socket, while hooked */
     uint64_t commands, events;
     int hooks, preunhooks, unhooks;
+    bool has_status;
+    struct kvm_introspection_status status;
 } fake_kvm;
 
 int kvmi_kvm_version(void)
@@ -107,6 +110,12 @@ int kvmi_kvm_ioctl(unsigned long request, void *arg)
             fake_kvm.fd = -1;
             fake_kvm.unhooks++;
         }
+        return 0;
+    case KVM_INTROSPECTION_STATUS:
+        if (!fake_kvm.has_status) {
+            return -ENOTTY;
+        }
+        *(struct kvm_introspection_status *)arg = fake_kvm.status;
         return 0;
     default:
         g_assert_not_reached();
@@ -159,6 +168,11 @@ VMChangeStateEntry *qemu_add_vm_change_state_handler(VMChangeStateHandler *cb,
 void qemu_del_vm_change_state_handler(VMChangeStateEntry *e)
 {
     vm_handler = NULL;
+}
+
+void qemu_register_suspend_notifier(Notifier *notifier)
+{
+    qemu_register_wakeup_notifier(notifier);
 }
 
 void qemu_register_wakeup_notifier(Notifier *notifier)
@@ -262,7 +276,9 @@ static size_t feed(KvmiAnswerReader *reader, const uint8_t *buf, size_t len,
 
 static void test_answer(void)
 {
-    static const size_t sizes[] = { 24, 25, 28, 4096, KVMI_ANSWER_MAX };
+    static const size_t sizes[] = {
+        24, 25, 28, 95, 96, 97, 4096, KVMI_ANSWER_MAX
+    };
     static const size_t pieces[] = { 1, 3, 4, 23, 24, 4096, SIZE_MAX };
     g_autofree uint8_t *buf = g_malloc0(KVMI_ANSWER_MAX + 100);
     KvmiAnswerReader reader;
@@ -319,6 +335,84 @@ static void test_cookie(void)
     }
 }
 
+/* A tool's side of auth=hmac, by other means than QEMU's */
+static void tool_hmac(const char *key, const char *label, const void *hello,
+                      const void *answer, size_t answer_len, uint8_t mac[32])
+{
+    GHmac *hmac = g_hmac_new(G_CHECKSUM_SHA256, (const void *)key,
+                             strlen(key));
+    char padded[16] = { };
+    gsize len = 32;
+
+    memcpy(padded, label, strlen(label));
+    g_hmac_update(hmac, (const void *)padded, sizeof(padded));
+    g_hmac_update(hmac, hello, 144);
+    g_hmac_update(hmac, answer, answer_len);
+    g_hmac_get_digest(hmac, mac, &len);
+    g_assert_cmpint(len, ==, 32);
+    g_hmac_unref(hmac);
+}
+
+static void answer_hmac(KvmiAnswer *answer, const char *key,
+                        const KvmiHello *hello)
+{
+    memset(answer, 0, sizeof(*answer));
+    answer->struct_size = 96;
+    answer->auth = 1;
+    memset(answer->nonce, 0x77, sizeof(answer->nonce));
+    tool_hmac(key, "kvmi-hmac-tool", hello, answer, 64, answer->proof);
+}
+
+static void test_hmac(void)
+{
+    const uint8_t *key = (const uint8_t *)"secret";
+    KvmiHello hello, hello2;
+    KvmiAnswer answer, good;
+    KvmiProof proof;
+    uint8_t expected[32];
+    Error *err = NULL;
+    int i;
+
+    kvmi_hello_init(&hello, &(QemuUUID) { }, "x", 1, 2);
+    hello2 = hello;
+    g_assert_true(kvmi_hello_hmac(&hello, &error_abort));
+    g_assert_true(kvmi_hello_hmac(&hello2, &error_abort));
+    g_assert_cmpuint(hello.struct_size, ==, 144);
+    g_assert_cmpuint(hello.auth, ==, 1);
+    g_assert_cmpint(memcmp(hello.nonce, hello2.nonce, 32), !=, 0);
+
+    answer_hmac(&good, "secret", &hello);
+    g_assert_true(kvmi_hmac_check(&hello, &good, key, 6, &proof,
+                                  &error_abort));
+    g_assert_cmpuint(proof.struct_size, ==, 40);
+    tool_hmac("secret", "kvmi-hmac-qemu", &hello, &good, 96, expected);
+    g_assert_cmpmem(proof.proof, 32, expected, 32);
+
+    /* Any changed bit */
+    for (i = 0; i < 96 * 8; i++) {
+        answer = good;
+        ((uint8_t *)&answer)[i / 8] ^= 1 << i % 8;
+        g_assert_false(kvmi_hmac_check(&hello, &answer, key, 6, &proof, &err));
+        error_free_or_abort(&err);
+    }
+    /* Another key; the answer to another hello; QEMU's own proof */
+    g_assert_false(kvmi_hmac_check(&hello, &good, key, 5, &proof, &err));
+    error_free_or_abort(&err);
+    g_assert_false(kvmi_hmac_check(&hello2, &good, key, 6, &proof, &err));
+    error_free_or_abort(&err);
+    answer = good;
+    tool_hmac("secret", "kvmi-hmac-qemu", &hello, &answer, 64, answer.proof);
+    g_assert_false(kvmi_hmac_check(&hello, &answer, key, 6, &proof, &err));
+    error_free_or_abort(&err);
+
+    /* The legacy cookie is no way around it */
+    answer = good;
+    answer.struct_size = 24;
+    g_assert_false(kvmi_hmac_check(&hello, &answer, key, 6, &proof, &err));
+    g_assert_nonnull(strstr(error_get_pretty(err), "auth=hmac"));
+    error_free_or_abort(&err);
+}
+
 /*
  * Names and states
  */
@@ -360,11 +454,12 @@ static bool parse(KvmiAllowed *allowed, KvmiIdSpace space, const char *words,
 static void test_allowed(void)
 {
     static const char *const bad_commands[] = {
-        "foo", "0", "1", "-1", "31", "4294967298", " ", "2x", "GET-VERSION",
-        "vm-get-info,nonsense", "unhook",
+        "foo", "0", "1", "-1", "63", "4294967298", " ", "2x", "GET-VERSION",
+        "vm-get-info,nonsense", "unhook", "vmx-*", "?",
     };
     KvmiAllowed allowed = { .all = true };
     g_autofree char *all = NULL, *some = NULL, *none = NULL, *events = NULL;
+    g_autofree char *wild = NULL;
     int i;
 
     all = joined(kvmi_allowed_names(&allowed, KVMI_COMMANDS));
@@ -394,6 +489,16 @@ static void test_allowed(void)
     g_assert_cmphex(allowed.ids, ==, 0);
     none = joined(kvmi_allowed_names(&allowed, KVMI_COMMANDS));
     g_assert_cmpstr(none, ==, "get-version,vm-check-command,vm-check-event");
+
+    parse(&allowed, KVMI_COMMANDS, "vm-*-physical,vcpu-?et-xsave",
+          &error_abort);
+    g_assert_false(allowed.all);
+    wild = joined(kvmi_allowed_names(&allowed, KVMI_COMMANDS));
+    g_assert_cmpstr(wild, ==, "get-version,vm-check-command,vm-check-event,"
+                    "vm-read-physical,vm-write-physical,vcpu-get-xsave,"
+                    "vcpu-set-xsave");
+    parse(&allowed, KVMI_COMMANDS, "vm-get-info,*", &error_abort);
+    g_assert_true(allowed.all);
 
     parse(&allowed, KVMI_EVENTS, "0,breakpoint,pause", &error_abort);
     g_assert_cmphex(allowed.ids, ==, 1 << KVMI_VM_EVENT_UNHOOK |
@@ -452,6 +557,10 @@ static void guard_cut(StopGuard *guard, StopAction action)
     }
 }
 
+static void guard_cont(StopGuard *guard)
+{
+}
+
 static void guard_open(StopGuard *guard)
 {
     g_assert_false(stop_gate_closed());
@@ -487,6 +596,7 @@ static TestGuard new_guard(bool wants_time)
             .announce = guard_announce,
             .cut = guard_cut,
             .open = guard_open,
+            .cont = guard_cont,
         },
         .wants_time = wants_time,
     };
@@ -524,9 +634,9 @@ static void test_gate_wait(void)
     g_assert_false(stop_gate_enter(&w1.waiter, STOP_ACTION_STOP));
     g_assert_false(stop_gate_enter(&w2.waiter, STOP_ACTION_STOP));
     g_assert_true(stop_gate_closed());
-    /* Asked once */
-    g_assert_cmpint(g1.announced, ==, 1);
-    g_assert_cmpint(g2.announced, ==, 1);
+    /* Asked for each */
+    g_assert_cmpint(g1.announced, ==, 2);
+    g_assert_cmpint(g2.announced, ==, 2);
 
     stop_gate_release(&g1.guard);
     run_events();
@@ -547,7 +657,8 @@ static void test_gate_wait(void)
 static void test_gate_cut(void)
 {
     static const StopAction wait[] = {
-        STOP_ACTION_STOP, STOP_ACTION_MIGRATE
+        STOP_ACTION_STOP, STOP_ACTION_DEBUG, STOP_ACTION_SAVE,
+        STOP_ACTION_MIGRATE, STOP_ACTION_SUSPEND, STOP_ACTION_SHUTDOWN
     };
     TestGuard g = new_guard(true);
     TestWaiter w = new_waiter();
@@ -668,6 +779,92 @@ static void test_gate_cancel(void)
     stop_gate_remove(&g.guard);
 }
 
+/* What makes a stop pointless, and what doesn't */
+static void test_gate_moot(void)
+{
+    static const struct {
+        StopAction waiting, now;
+        bool cancelled;
+    } cases[] = {
+        { STOP_ACTION_STOP, STOP_ACTION_RESET, false },
+        { STOP_ACTION_STOP, STOP_ACTION_SHUTDOWN, false },
+        { STOP_ACTION_SAVE, STOP_ACTION_RESET, false },
+        { STOP_ACTION_SAVE, STOP_ACTION_SHUTDOWN, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_STOP, false },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_RESET, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_LOAD, true },
+        { STOP_ACTION_SUSPEND, STOP_ACTION_SHUTDOWN, true },
+        { STOP_ACTION_SHUTDOWN, STOP_ACTION_SHUTDOWN, false },
+    };
+    TestGuard g = new_guard(true);
+    int i;
+
+    stop_gate_add(&g.guard);
+    for (i = 0; i < ARRAY_SIZE(cases); i++) {
+        TestWaiter w = new_waiter();
+
+        g_assert_false(stop_gate_enter(&w.waiter, cases[i].waiting));
+        stop_gate_cut(cases[i].now);
+        run_events();
+        g_assert_cmpint(w.called, ==, 1);
+        g_assert_cmpint(w.cancelled, ==, cases[i].cancelled);
+        g_assert_false(stop_gate_closed());
+    }
+    stop_gate_remove(&g.guard);
+}
+
+typedef struct GateFunc {
+    int called, cancelled;
+} GateFunc;
+
+static void gate_func(void *opaque, bool cancelled)
+{
+    GateFunc *f = opaque;
+
+    g_assert_false(qemu_in_coroutine());
+    f->called++;
+    f->cancelled += cancelled;
+}
+
+static void coroutine_fn gate_co(void *opaque)
+{
+    GateFunc *f = opaque;
+    int called = f->called;
+
+    stop_gate_co_run(STOP_ACTION_SAVE, gate_func, f);
+    g_assert_true(qemu_in_coroutine());
+    g_assert_cmpint(f->called, ==, called + 1);
+    f->called = 100;
+}
+
+static void test_gate_run(void)
+{
+    TestGuard g = new_guard(true);
+    GateFunc f = { };
+
+    g_assert_false(stop_gate_guarded());
+    stop_gate_run(STOP_ACTION_DEBUG, gate_func, &f);
+    g_assert_cmpint(f.called, ==, 1);
+
+    stop_gate_add(&g.guard);
+    g_assert_true(stop_gate_guarded());
+    stop_gate_run(STOP_ACTION_DEBUG, gate_func, &f);
+    g_assert_cmpint(f.called, ==, 1);
+    stop_gate_cancel();
+    run_events();
+    g_assert_cmpint(f.called, ==, 2);
+    g_assert_cmpint(f.cancelled, ==, 1);
+
+    qemu_coroutine_enter(qemu_coroutine_create(gate_co, &f));
+    run_events();
+    g_assert_cmpint(f.called, ==, 2);
+    stop_gate_release(&g.guard);
+    run_events();
+    g_assert_cmpint(f.called, ==, 100);
+    g_assert_cmpint(f.cancelled, ==, 1);
+    stop_gate_remove(&g.guard);
+}
+
 static void test_gate_remove(void)
 {
     TestGuard g = new_guard(true);
@@ -781,8 +978,8 @@ static int tool_connect(void)
     } buf = { .answer.struct_size = sizeof(KvmiAnswer), .more = "command" };
     KvmiHello hello;
 
-    g_assert_cmpint(tool_recv(fd, &hello, sizeof(hello)), ==, sizeof(hello));
-    g_assert_cmpuint(hello.struct_size, ==, sizeof(hello));
+    g_assert_cmpint(tool_recv(fd, &hello, sizeof(hello)), ==, 104);
+    g_assert_cmpuint(hello.struct_size, ==, 104);
     g_assert_cmpstr(hello.name, ==, "the guest");
     g_assert_cmphex(hello.max_gpa, ==, 0x140000000);
     g_assert_cmpint(hello.start_time - g_get_real_time() / G_USEC_PER_SEC, >=,
@@ -1088,6 +1285,74 @@ static void test_object_cut(void)
     teardown();
 }
 
+/* All that can't wait; see also test_gate_cut() */
+static void test_object_cuts(void)
+{
+    static const struct {
+        RunState state;
+        KvmiAction action;
+    } cuts[] = {
+        { RUN_STATE_DEBUG, KVMI_ACTION_DEBUG },
+        { RUN_STATE_GUEST_PANICKED, KVMI_ACTION_GUEST_PANIC },
+        { RUN_STATE_INTERNAL_ERROR, KVMI_ACTION_INTERNAL_ERROR },
+        { RUN_STATE_IO_ERROR, KVMI_ACTION_IO_ERROR },
+        { RUN_STATE_PAUSED, KVMI_ACTION_OTHER },
+        { RUN_STATE_RESTORE_VM, KVMI_ACTION_LOAD },
+        { RUN_STATE_SAVE_VM, KVMI_ACTION_SAVE },
+        { RUN_STATE_SHUTDOWN, KVMI_ACTION_SHUTDOWN },
+        { RUN_STATE_WATCHDOG, KVMI_ACTION_WATCHDOG },
+    };
+    Object *obj;
+    int fd, i;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    for (i = 0; i < ARRAY_SIZE(cuts); i++) {
+        fd = tool_connect();
+        vm_stop(cuts[i].state);
+        check_unhook(cuts[i].action, KVMI_OUTCOME_FORCED);
+        g_assert_true(tool_sees_eof(fd));
+        close(fd);
+        vm_run();
+    }
+    g_assert_cmpint(fake_kvm.preunhooks, ==, 0);
+    object_unparent(obj);
+    teardown();
+}
+
+static void test_object_shutdown(void)
+{
+    TestWaiter w = new_waiter(), shutdown = new_waiter();
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_connect();
+    g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_SHUTDOWN));
+    check_unhook(KVMI_ACTION_SHUTDOWN, KVMI_OUTCOME_FORCED);
+    g_assert_cmpint(fake_kvm.preunhooks, ==, 0);
+    close(fd);
+
+    /* Also if something else waits already */
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+    g_assert_true(stop_gate_enter(&shutdown.waiter, STOP_ACTION_SHUTDOWN));
+    check_unhook(KVMI_ACTION_SHUTDOWN, KVMI_OUTCOME_FORCED);
+    until(w.called);
+    w.called = 0;
+    close(fd);
+
+    object_property_set_str(obj, "on-shutdown", "announce", &error_abort);
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_SHUTDOWN));
+    close(fd);
+    until(w.called);
+    check_unhook(KVMI_ACTION_SHUTDOWN, KVMI_OUTCOME_CLEAN);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_cancel(void)
 {
     TestWaiter w = new_waiter();
@@ -1233,6 +1498,226 @@ static void test_object_handshake(void)
     teardown();
 }
 
+static void test_object_hmac(void)
+{
+    Object *obj, *secret;
+    KvmiHello hello;
+    KvmiAnswer answer = { .struct_size = 24 };
+    KvmiProof proof;
+    uint8_t expected[32];
+    Error *err = NULL;
+    int fd;
+
+    setup();
+    add_object("k", &err, "chardev", "chr", "auth", "hmac", NULL);
+    g_assert_nonnull(strstr(error_get_pretty(err), "needs a key"));
+    error_free_or_abort(&err);
+
+    secret = object_new_with_props("secret", object_get_objects_root(), "sec",
+                                   &error_abort, "data", "secret", NULL);
+    obj = add_object("k", &error_abort, "chardev", "chr", "key", "sec",
+                     "auth", "hmac", NULL);
+
+    /* A legacy tool, which knows the key */
+    fd = tool_accept();
+    g_assert_cmpint(tool_recv(fd, &hello, sizeof(hello)), ==, 144);
+    g_assert_cmpuint(hello.struct_size, ==, 144);
+    tool_send(fd, &answer, 24);
+    until(tool_sees_eof(fd));
+    check_error("auth=hmac");
+    close(fd);
+
+    fd = tool_accept();
+    tool_recv(fd, &hello, sizeof(hello));
+    answer_hmac(&answer, "secrel", &hello);
+    tool_send(fd, &answer, sizeof(answer));
+    until(tool_sees_eof(fd));
+    check_error("wrong key");
+    close(fd);
+    g_assert_cmpint(fake_kvm.hooks, ==, 0);
+
+    /* In two pieces, with a command behind it that is KVM's */
+    fd = tool_accept();
+    tool_recv(fd, &hello, sizeof(hello));
+    answer_hmac(&answer, "secret", &hello);
+    tool_send(fd, &answer, 30);
+    run_events();
+    tool_send(fd, (char *)&answer + 30, 66);
+    g_assert_cmpint(tool_recv(fd, &proof, sizeof(proof)), ==, 40);
+    tool_hmac("secret", "kvmi-hmac-qemu", &hello, &answer, 96, expected);
+    g_assert_cmpmem(proof.proof, 32, expected, 32);
+    until(state() == KVMI_STATE_HOOKED);
+    close(fd);
+    until(fake_kvm.fd == -1);
+
+    object_unparent(obj);
+    object_unparent(secret);
+    teardown();
+}
+
+static bool detached(void)
+{
+    KvmiInfo *info = query();
+    bool d = info->detached;
+
+    qapi_free_KvmiInfo(info);
+    return d;
+}
+
+static void test_object_unhook(void)
+{
+    TestWaiter w = new_waiter();
+    Error *err = NULL;
+    Object *obj;
+    int fd;
+
+    setup();
+    qmp_kvmi_unhook(false, 0, &err);
+    error_free_or_abort(&err);
+    qmp_kvmi_hook(&err);
+    error_free_or_abort(&err);
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+
+    /* The tool is asked, and none is let in, until kvmi-hook */
+    fd = tool_connect();
+    qmp_kvmi_unhook(false, 0, &error_abort);
+    until(state() == KVMI_STATE_UNHOOKING);
+    close(fd);
+    until(state() == KVMI_STATE_UNHOOKED);
+    check_unhook(KVMI_ACTION_UNHOOK, KVMI_OUTCOME_CLEAN);
+    vm_stop(RUN_STATE_PAUSED);
+    vm_run();
+    fd = tool_accept();
+    run_events();
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    g_assert_true(detached());
+    qmp_kvmi_hook(&error_abort);
+    until(state() == KVMI_STATE_HANDSHAKE);
+    g_assert_false(detached());
+    close(fd);
+
+    /* At once; and cont lets tools in, too */
+    fd = tool_connect();
+    qmp_kvmi_unhook(true, 0, &error_abort);
+    until(tool_sees_eof(fd));
+    check_unhook(KVMI_ACTION_UNHOOK, KVMI_OUTCOME_FORCED);
+    close(fd);
+    run_events();
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    stop_gate_cancel();
+    fd = tool_connect();
+
+    /* A deadline of its own */
+    qmp_kvmi_unhook(true, 50, &error_abort);
+    until(state() == KVMI_STATE_UNHOOKED);
+    check_unhook(KVMI_ACTION_UNHOOK, KVMI_OUTCOME_FORCED);
+    close(fd);
+    qmp_kvmi_hook(&error_abort);
+
+    /* A wait is cut short, and not made longer */
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+    qmp_kvmi_unhook(true, 60000, &error_abort);
+    run_events();
+    g_assert_cmpint(w.called, ==, 0);
+    qmp_kvmi_unhook(true, 50, &error_abort);
+    until(w.called);
+    check_unhook(KVMI_ACTION_STOP, KVMI_OUTCOME_FORCED);
+    close(fd);
+    qmp_kvmi_hook(&error_abort);
+    fd = tool_connect();
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+    qmp_kvmi_unhook(false, 0, &error_abort);
+    until(w.called == 2);
+    close(fd);
+
+    /* stop during kvmi-unhook */
+    qmp_kvmi_hook(&error_abort);
+    fd = tool_connect();
+    qmp_kvmi_unhook(false, 0, &error_abort);
+    until(state() == KVMI_STATE_UNHOOKING);
+    g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+    close(fd);
+    until(w.called == 3);
+    check_unhook(KVMI_ACTION_UNHOOK, KVMI_OUTCOME_CLEAN);
+    object_unparent(obj);
+    run_events();
+    teardown();
+}
+
+static void test_object_status(void)
+{
+    KvmiInfo *info;
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_connect();
+    stop_gate_cut(STOP_ACTION_RESET);
+    info = query();
+    g_assert_false(info->last_unhook->has_restored);
+    g_assert_false(info->last_unhook->has_reason);
+    qapi_free_KvmiInfo(info);
+    close(fd);
+
+    fake_kvm.has_status = true;
+    fake_kvm.status.reason = KVM_INTROSPECTION_END_UNHOOK;
+    fake_kvm.status.restored = 17;
+    fd = tool_connect();
+    stop_gate_cut(STOP_ACTION_RESET);
+    info = query();
+    g_assert_cmpuint(info->last_unhook->restored, ==, 17);
+    g_assert_cmpint(info->last_unhook->reason, ==, KVMI_REASON_UNHOOK);
+    qapi_free_KvmiInfo(info);
+    close(fd);
+    object_unparent(obj);
+    teardown();
+}
+
+/* The old name and spellings */
+static void test_object_introspection(void)
+{
+    Error *err = NULL;
+    QDict *props;
+    Object *obj;
+    Visitor *v;
+    int fd;
+
+    setup();
+    props = qdict_from_jsonf_nofail("{ 'chardev': 'chr',"
+                                    "  'handshake_timeout': 3,"
+                                    "  'unhook_timeout': 60,"
+                                    "  'async_unhook': true,"
+                                    "  'command': [ '8', '10' ],"
+                                    "  'event': [ '0' ] }");
+    v = qobject_input_visitor_new(QOBJECT(props));
+    obj = user_creatable_add_type("introspection", "k", props, v,
+                                  &error_abort);
+    object_unref(obj);
+    visit_free(v);
+    qobject_unref(props);
+
+    g_assert_cmpuint(object_property_get_uint(obj, "handshake-timeout-ms",
+                                              NULL), ==, 3000);
+    g_assert_cmpuint(object_property_get_uint(obj, "unhook-timeout-ms", NULL),
+                     ==, 60000);
+    g_assert_cmpuint(object_property_get_uint(obj, "unhook_timeout", NULL),
+                     ==, 60);
+    object_property_set_uint(obj, "unhook_timeout", 5000000, &err);
+    error_free_or_abort(&err);
+    add_object("k2", &err, "chardev", "chr", NULL);
+    error_free_or_abort(&err);
+    fd = tool_connect();
+    g_assert_cmphex(fake_kvm.commands, ==,
+                    1 << KVMI_VM_GET_INFO | 1 << KVMI_VM_CONTROL_EVENTS);
+    g_assert_cmphex(fake_kvm.events, ==, 1 << KVMI_VM_EVENT_UNHOOK);
+    close(fd);
+    until(fake_kvm.fd == -1);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_delete(void)
 {
     TestWaiter w = new_waiter();
@@ -1275,26 +1760,44 @@ static void test_object_delete(void)
     teardown();
 }
 
+static int count_fds(void)
+{
+    GDir *dir = g_dir_open("/proc/self/fd", 0, NULL);
+    int n = 0;
+
+    while (g_dir_read_name(dir)) {
+        n++;
+    }
+    g_dir_close(dir);
+    return n;
+}
+
 static void test_object_fds(void)
 {
     TestWaiter w = new_waiter();
+    int cycles = g_test_slow() ? 1000 : 100;
+    int fd, i, before = 0;
     Object *obj;
-    int fd, i, before = 0, after;
 
     setup();
     obj = add_object("k", &error_abort, "chardev", "chr", NULL);
-    for (i = 0; i < 50; i++) {
+    for (i = 0; i < cycles; i++) {
         fd = tool_connect();
-        g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
-        close(fd);
-        until(w.called == i + 1);
-        after = dup(0);
-        close(after);
-        if (!i) {
-            before = after;
+        if (i % 2) {
+            g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+            close(fd);
+            until(w.called == i / 2 + 1);
+        } else {
+            stop_gate_cut(STOP_ACTION_RESET);
+            until(tool_sees_eof(fd));
+            close(fd);
+        }
+        if (i == 1) {
+            before = count_fds();
         }
     }
-    g_assert_cmpint(after, <=, before);
+    run_events();
+    g_assert_cmpint(count_fds(), <=, before);
     object_unparent(obj);
     teardown();
 }
@@ -1312,6 +1815,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/handshake/answer", test_answer);
     g_test_add_func("/kvmi/handshake/answer-hostile", test_answer_hostile);
     g_test_add_func("/kvmi/handshake/cookie", test_cookie);
+    g_test_add_func("/kvmi/handshake/hmac", test_hmac);
     g_test_add_func("/kvmi/allowed", test_allowed);
     g_test_add_func("/kvmi/states", test_states);
     g_test_add_func("/kvmi/gate/open", test_gate_open);
@@ -1319,15 +1823,23 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/gate/cut", test_gate_cut);
     g_test_add_func("/kvmi/gate/hold", test_gate_hold);
     g_test_add_func("/kvmi/gate/cancel", test_gate_cancel);
+    g_test_add_func("/kvmi/gate/moot", test_gate_moot);
+    g_test_add_func("/kvmi/gate/run", test_gate_run);
     g_test_add_func("/kvmi/gate/remove", test_gate_remove);
     g_test_add_func("/kvmi/object/errors", test_object_errors);
     g_test_add_func("/kvmi/object/session", test_object_session);
     g_test_add_func("/kvmi/object/allowed", test_object_allowed);
     g_test_add_func("/kvmi/object/slow", test_object_slow);
     g_test_add_func("/kvmi/object/cut", test_object_cut);
+    g_test_add_func("/kvmi/object/cuts", test_object_cuts);
+    g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);
+    g_test_add_func("/kvmi/object/hmac", test_object_hmac);
+    g_test_add_func("/kvmi/object/unhook", test_object_unhook);
+    g_test_add_func("/kvmi/object/status", test_object_status);
+    g_test_add_func("/kvmi/object/introspection", test_object_introspection);
     g_test_add_func("/kvmi/object/delete", test_object_delete);
     g_test_add_func("/kvmi/object/fds", test_object_fds);
     return g_test_run();

@@ -6,6 +6,8 @@
 
 #include "qemu/osdep.h"
 #include <linux/kvmi.h>
+#include "crypto/hmac.h"
+#include "crypto/random.h"
 #include "qapi/error.h"
 #include "qapi/util.h"
 #include "qemu/cutils.h"
@@ -75,11 +77,18 @@ void kvmi_hello_init(KvmiHello *hello, const QemuUUID *uuid, const char *name,
                      int64_t start_time, uint64_t max_gpa)
 {
     memset(hello, 0, sizeof(*hello));
-    hello->struct_size = sizeof(*hello);
+    hello->struct_size = KVMI_HELLO_LEN;
     memcpy(hello->uuid, uuid->data, sizeof(hello->uuid));
     hello->start_time = start_time;
     pstrcpy(hello->name, sizeof(hello->name), name ?: "");
     hello->max_gpa = max_gpa;
+}
+
+bool kvmi_hello_hmac(KvmiHello *hello, Error **errp)
+{
+    hello->struct_size = sizeof(*hello);
+    hello->auth = KVMI_AUTH_HMAC_SHA256;
+    return qcrypto_random_bytes(hello->nonce, sizeof(hello->nonce), errp) == 0;
 }
 
 void kvmi_answer_start(KvmiAnswerReader *reader)
@@ -91,10 +100,6 @@ size_t kvmi_answer_wanted(const KvmiAnswerReader *reader)
 {
     size_t end = sizeof(reader->answer.struct_size);
 
-    /* The size first; the answer as we know it; then what we don't know */
-    if (reader->received >= end) {
-        end = sizeof(reader->answer);
-    }
     if (reader->received >= end) {
         end = reader->answer.struct_size;
     }
@@ -106,13 +111,15 @@ bool kvmi_answer_feed(KvmiAnswerReader *reader, const void *buf, size_t len,
 {
     assert(len <= kvmi_answer_wanted(reader));
 
+    /* What we don't know is read and ignored */
     if (reader->received < sizeof(reader->answer)) {
-        memcpy((uint8_t *)&reader->answer + reader->received, buf, len);
+        memcpy((uint8_t *)&reader->answer + reader->received, buf,
+               MIN(len, sizeof(reader->answer) - reader->received));
     }
     reader->received += len;
 
     if (reader->received == sizeof(reader->answer.struct_size) &&
-        (reader->answer.struct_size < sizeof(reader->answer) ||
+        (reader->answer.struct_size < KVMI_ANSWER_LEN ||
          reader->answer.struct_size > KVMI_ANSWER_MAX)) {
         error_setg(errp, "the tool's answer claims to be %" PRIu32 " bytes"
                    " long: not a KVMI tool, or one of another version",
@@ -122,16 +129,76 @@ bool kvmi_answer_feed(KvmiAnswerReader *reader, const void *buf, size_t len,
     return true;
 }
 
-bool kvmi_cookie_equal(const uint8_t a[KVMI_COOKIE_LEN],
-                       const uint8_t b[KVMI_COOKIE_LEN])
+static bool secret_equal(const uint8_t *a, const uint8_t *b, size_t len)
 {
     volatile uint8_t diff = 0; /* volatile: no early exit by the compiler */
-    int i;
+    size_t i;
 
-    for (i = 0; i < KVMI_COOKIE_LEN; i++) {
+    for (i = 0; i < len; i++) {
         diff |= a[i] ^ b[i];
     }
     return !diff;
+}
+
+bool kvmi_cookie_equal(const uint8_t a[KVMI_COOKIE_LEN],
+                       const uint8_t b[KVMI_COOKIE_LEN])
+{
+    return secret_equal(a, b, KVMI_COOKIE_LEN);
+}
+
+/*
+ * The MAC of one side: of what was said until then, behind a label, so that
+ * neither can be taken for the other.
+ */
+static bool kvmi_hmac(const uint8_t *key, size_t key_len,
+                      const char label[16], const KvmiHello *hello,
+                      const KvmiAnswer *answer, size_t answer_len,
+                      uint8_t mac[KVMI_HMAC_LEN], Error **errp)
+{
+    g_autoptr(QCryptoHmac) hmac = qcrypto_hmac_new(QCRYPTO_HASH_ALGO_SHA256,
+                                                   key, key_len, errp);
+    struct iovec iov[] = {
+        { .iov_base = (void *)label, .iov_len = 16 },
+        { .iov_base = (void *)hello, .iov_len = sizeof(*hello) },
+        { .iov_base = (void *)answer, .iov_len = answer_len },
+    };
+    g_autofree uint8_t *result = NULL;
+    size_t result_len = 0;
+
+    if (!hmac || qcrypto_hmac_bytesv(hmac, iov, ARRAY_SIZE(iov), &result,
+                                     &result_len, errp) < 0) {
+        return false;
+    }
+    assert(result_len == KVMI_HMAC_LEN);
+    memcpy(mac, result, KVMI_HMAC_LEN);
+    return true;
+}
+
+bool kvmi_hmac_check(const KvmiHello *hello, const KvmiAnswer *answer,
+                     const uint8_t *key, size_t key_len, KvmiProof *proof,
+                     Error **errp)
+{
+    uint8_t expected[KVMI_HMAC_LEN];
+
+    if (answer->struct_size < sizeof(*answer) ||
+        answer->auth != KVMI_AUTH_HMAC_SHA256) {
+        error_setg(errp, "the tool doesn't authenticate itself by HMAC, which"
+                   " auth=hmac asks for");
+        return false;
+    }
+    if (!kvmi_hmac(key, key_len, "kvmi-hmac-tool\0", hello, answer,
+                   offsetof(KvmiAnswer, proof), expected, errp)) {
+        return false;
+    }
+    if (!secret_equal(answer->proof, expected, KVMI_HMAC_LEN)) {
+        error_setg(errp, "the tool has the wrong key (or none)");
+        return false;
+    }
+
+    memset(proof, 0, sizeof(*proof));
+    proof->struct_size = sizeof(*proof);
+    return kvmi_hmac(key, key_len, "kvmi-hmac-qemu\0", hello, answer,
+                     sizeof(*answer), proof->proof, errp);
 }
 
 static const KvmiId *find_id(const KvmiId *table, const char *text)
@@ -146,6 +213,19 @@ static const KvmiId *find_id(const KvmiId *table, const char *text)
         }
     }
     return NULL;
+}
+
+static uint64_t matching_ids(const KvmiId *table, const char *pattern)
+{
+    const KvmiId *entry;
+    uint64_t ids = 0;
+
+    for (entry = table; entry->name; entry++) {
+        if (g_pattern_match_simple(pattern, entry->name)) {
+            ids |= 1ULL << entry->id;
+        }
+    }
+    return ids;
 }
 
 static void error_unknown_id(Error **errp, KvmiIdSpace space, const char *text)
@@ -167,8 +247,25 @@ bool kvmi_allowed_parse(KvmiAllowed *allowed, KvmiIdSpace space,
     KvmiAllowed result = { };
 
     for (; list; list = list->next) {
-        const KvmiId *entry = find_id(ids_of(space), list->value);
+        const KvmiId *entry;
 
+        if (g_str_equal(list->value, "*")) {
+            /* Also those that only a later KVM knows */
+            result.all = true;
+            continue;
+        }
+        if (strpbrk(list->value, "*?")) {
+            uint64_t matching = matching_ids(ids_of(space), list->value);
+
+            if (!matching) {
+                error_unknown_id(errp, space, list->value);
+                return false;
+            }
+            result.ids |= matching;
+            continue;
+        }
+
+        entry = find_id(ids_of(space), list->value);
         if (!entry) {
             error_unknown_id(errp, space, list->value);
             return false;

@@ -10,8 +10,8 @@
  * closing the socket: see system/stop-gate.h.  Whatever happens, KVM is told
  * to let go (UNHOOK) before vCPUs are paused.
  *
- * Everything is done in the main loop or with the BQL held, but for
- * query-kvmi: kvmi_lock protects what that reads.
+ * Everything is done in the main loop or with the BQL held, but for the QMP
+ * commands that work out-of-band: kvmi_lock protects what they read and write.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -33,6 +33,7 @@
 #include "qapi/qapi-builtin-visit.h"
 #include "qapi/qapi-commands-kvmi.h"
 #include "qapi/qapi-events-kvmi.h"
+#include "qapi/qapi-types-qom.h"
 #include "qapi/qapi-visit-kvmi.h"
 #include "qapi/qmp/qerror.h"
 #include "qemu/error-report.h"
@@ -68,6 +69,8 @@ struct KVMIObject {
     KvmiAllowed commands;
     KvmiAllowed events;
     bool migrate_start_time;
+    KvmiOnShutdown on_shutdown;
+    KvmiAuth auth;
 
     /* Fixed when the object is complete */
     bool complete;
@@ -75,12 +78,15 @@ struct KVMIObject {
     char *peer;
     uint32_t version;
     uint8_t cookie_hash[KVMI_COOKIE_LEN];
+    uint8_t *secret;            /* of auth=hmac */
+    size_t secret_len;
 
     bool deleting;              /* deleted, but the tool is still leaving */
     int64_t start_time;         /* of the guest, Unix time */
 
     CharBackend chr;
     QIOChannelSocket *sioc;     /* a connection that is still good for use */
+    KvmiHello hello;
     KvmiAnswerReader reader;
 
     KvmiState state;
@@ -90,11 +96,18 @@ struct KVMIObject {
 
     StopGuard guard;
     VMChangeStateEntry *vmstate;
+    Notifier suspend;
     Notifier wakeup;
 
     /* The unhook that is under way */
     KvmiAction action;
     int64_t begin_us;
+
+    /* What was asked for by kvmi-unhook and kvmi-hook */
+    bool detached;              /* no session is wanted */
+    bool unhook_requested;
+    bool has_unhook_ms;
+    uint32_t unhook_ms;
 
     /* What query-kvmi tells */
     uint64_t sessions;
@@ -271,16 +284,43 @@ static void kvmi_begin(KVMIObject *s, KvmiAction action)
     s->begin_us = g_get_monotonic_time();
 }
 
+static KvmiReason kvmi_reason(uint32_t reason)
+{
+    switch (reason) {
+    case KVM_INTROSPECTION_END_UNHOOK:
+        return KVMI_REASON_UNHOOK;
+    case KVM_INTROSPECTION_END_CLOSED:
+        return KVMI_REASON_CLOSED;
+    case KVM_INTROSPECTION_END_PROTOCOL:
+        return KVMI_REASON_PROTOCOL;
+    case KVM_INTROSPECTION_END_UNREAD:
+        return KVMI_REASON_UNREAD;
+    case KVM_INTROSPECTION_END_NOMEM:
+        return KVMI_REASON_NO_MEMORY;
+    case KVM_INTROSPECTION_END_KILLED:
+        return KVMI_REASON_KILLED;
+    default:
+        return KVMI_REASON_UNKNOWN;
+    }
+}
+
 /* KVM lets go of the guest.  Every session ends here. */
 static void kvmi_unhook(KVMIObject *s, KvmiOutcome outcome)
 {
     bool waited = s->state == KVMI_STATE_UNHOOKING;
     KvmiUnhook unhook = { .action = s->action, .outcome = outcome };
+    struct kvm_introspection_status status = { };
     int ret;
 
     timer_del(s->deadline);
     ret = kvmi_ioctl(s, KVM_INTROSPECTION_UNHOOK, NULL);
     kvmi_drop_connection(s);
+    if (kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status) == 0) {
+        unhook.has_restored = true;
+        unhook.restored = status.restored;
+        unhook.has_reason = true;
+        unhook.reason = kvmi_reason(status.reason);
+    }
 
     unhook.duration = g_get_monotonic_time() - s->begin_us;
     trace_kvmi_unhook(s->id, ret);
@@ -293,7 +333,9 @@ static void kvmi_unhook(KVMIObject *s, KvmiOutcome outcome)
 
     kvmi_set_state(s, KVMI_STATE_UNHOOKED);
     qapi_event_send_kvmi_unhooked(s->id, unhook.action, outcome,
-                                  unhook.duration);
+                                  unhook.duration, unhook.has_restored,
+                                  unhook.restored, unhook.has_reason,
+                                  unhook.reason);
     if (waited) {
         stop_gate_release(&s->guard);
     }
@@ -327,23 +369,6 @@ static void kvmi_stop_handshake(KVMIObject *s)
     kvmi_set_state(s, KVMI_STATE_CONNECTING);
 }
 
-static bool kvmi_announce(StopGuard *guard, StopAction action)
-{
-    KVMIObject *s = container_of(guard, KVMIObject, guard);
-
-    switch (s->state) {
-    case KVMI_STATE_HANDSHAKE:
-        kvmi_stop_handshake(s);
-        return false;
-    case KVMI_STATE_HOOKED:
-        return kvmi_ask(s, kvmi_actions[action]);
-    case KVMI_STATE_UNHOOKING:
-        return true;
-    default:
-        return false;
-    }
-}
-
 static void kvmi_cut_off(KVMIObject *s, KvmiAction action)
 {
     switch (s->state) {
@@ -368,6 +393,29 @@ static void kvmi_cut(StopGuard *guard, StopAction action)
     kvmi_cut_off(container_of(guard, KVMIObject, guard), kvmi_actions[action]);
 }
 
+static bool kvmi_announce(StopGuard *guard, StopAction action)
+{
+    KVMIObject *s = container_of(guard, KVMIObject, guard);
+
+    if (action == STOP_ACTION_SHUTDOWN &&
+        s->on_shutdown == KVMI_ON_SHUTDOWN_CUT) {
+        kvmi_cut(guard, action);
+        return false;
+    }
+
+    switch (s->state) {
+    case KVMI_STATE_HANDSHAKE:
+        kvmi_stop_handshake(s);
+        return false;
+    case KVMI_STATE_HOOKED:
+        return kvmi_ask(s, kvmi_actions[action]);
+    case KVMI_STATE_UNHOOKING:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /*
  * The beginning of a session
  */
@@ -375,7 +423,10 @@ static void kvmi_cut(StopGuard *guard, StopAction action)
 static void kvmi_fail(KVMIObject *s, Error *err)
 {
     kvmi_report(s, err);
-    kvmi_stop_handshake(s);
+    /* The chardev may have found out first */
+    if (s->state == KVMI_STATE_HANDSHAKE) {
+        kvmi_stop_handshake(s);
+    }
 }
 
 static uint64_t kvmi_max_gpa(void)
@@ -391,24 +442,49 @@ static uint64_t kvmi_max_gpa(void)
     return end;
 }
 
+static bool kvmi_send(KVMIObject *s, const void *buf, size_t len, Error **errp)
+{
+    if (qemu_chr_fe_write(&s->chr, buf, len) != len) {
+        error_setg(errp, "can't send the handshake to the tool");
+        return false;
+    }
+    return true;
+}
+
 static void kvmi_start_handshake(KVMIObject *s)
 {
-    KvmiHello hello;
-    int ret;
+    Error *err = NULL;
 
     kvmi_set_state(s, KVMI_STATE_HANDSHAKE);
     kvmi_set_deadline(s, s->handshake_timeout_ms);
     kvmi_answer_start(&s->reader);
 
-    kvmi_hello_init(&hello, &qemu_uuid, qemu_name, s->start_time,
+    kvmi_hello_init(&s->hello, &qemu_uuid, qemu_name, s->start_time,
                     kvmi_max_gpa());
-    ret = qemu_chr_fe_write(&s->chr, (uint8_t *)&hello, sizeof(hello));
-    if (ret != sizeof(hello) && s->state == KVMI_STATE_HANDSHAKE) {
-        Error *err = NULL;
-
-        error_setg(&err, "can't send the handshake to the tool");
+    if ((s->auth == KVMI_AUTH_HMAC && !kvmi_hello_hmac(&s->hello, &err)) ||
+        !kvmi_send(s, &s->hello, s->hello.struct_size, &err)) {
         kvmi_fail(s, err);
     }
+}
+
+static bool kvmi_authenticate(KVMIObject *s, Error **errp)
+{
+    KvmiProof proof;
+
+    if (!s->key) {
+        return true;
+    }
+    if (s->auth == KVMI_AUTH_HMAC) {
+        return kvmi_hmac_check(&s->hello, &s->reader.answer, s->secret,
+                               s->secret_len, &proof, errp) &&
+               kvmi_send(s, &proof, sizeof(proof), errp);
+    }
+    if (!kvmi_cookie_equal(s->reader.answer.cookie_hash, s->cookie_hash)) {
+        error_setg(errp, "the tool has the wrong key (or none): its answer"
+                   " does not match secret '%s'", s->key);
+        return false;
+    }
+    return true;
 }
 
 static void kvmi_finish_handshake(KVMIObject *s)
@@ -416,14 +492,7 @@ static void kvmi_finish_handshake(KVMIObject *s)
     Error *err = NULL;
 
     timer_del(s->deadline);
-    if (s->key && !kvmi_cookie_equal(s->reader.answer.cookie_hash,
-                                     s->cookie_hash)) {
-        error_setg(&err, "the tool has the wrong key (or none): its answer"
-                   " does not match secret '%s'", s->key);
-        kvmi_fail(s, err);
-        return;
-    }
-    if (!kvmi_hook(s, &err)) {
+    if (!kvmi_authenticate(s, &err) || !kvmi_hook(s, &err)) {
         kvmi_fail(s, err);
         return;
     }
@@ -438,8 +507,8 @@ static void kvmi_finish_handshake(KVMIObject *s)
 /* Look for a session if the guest runs and goes on running. */
 static void kvmi_update(KVMIObject *s)
 {
-    bool wanted = s->complete && !s->deleting && runstate_is_running() &&
-                  !stop_gate_closed();
+    bool wanted = s->complete && !s->deleting && !s->detached &&
+                  runstate_is_running() && !stop_gate_closed();
 
     if (wanted && s->state == KVMI_STATE_UNHOOKED) {
         kvmi_set_state(s, KVMI_STATE_CONNECTING);
@@ -611,16 +680,70 @@ static void kvmi_finish_deletion(KVMIObject *s)
     object_unref(OBJECT(s));
 }
 
+/* Do what kvmi-unhook has asked for */
+static void kvmi_obey(KVMIObject *s)
+{
+    bool requested, has_ms;
+    uint32_t ms;
+
+    WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
+        requested = s->unhook_requested;
+        has_ms = s->has_unhook_ms;
+        ms = s->unhook_ms;
+        s->unhook_requested = false;
+    }
+    if (!requested) {
+        return;
+    }
+
+    switch (s->state) {
+    case KVMI_STATE_HOOKED:
+        if (has_ms && !ms) {
+            kvmi_cut_off(s, KVMI_ACTION_UNHOOK);
+        } else if (kvmi_ask(s, KVMI_ACTION_UNHOOK)) {
+            s->guard.busy = true;
+            if (has_ms) {
+                kvmi_set_deadline(s, ms);
+            }
+        }
+        break;
+    case KVMI_STATE_UNHOOKING:
+        /* It is being waited for: cut that short */
+        if (!has_ms || !ms) {
+            kvmi_unhook(s, KVMI_OUTCOME_FORCED);
+        } else {
+            timer_mod_anticipate(s->deadline,
+                qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
+        }
+        break;
+    default:
+        break;
+    }
+}
+
 /* What can't be done inside a callback of the chardev or of a stop */
 static void kvmi_bh(void *opaque)
 {
     KVMIObject *s = opaque;
 
+    kvmi_obey(s);
     if (!s->deleting) {
         kvmi_update(s);
     } else if (s->state == KVMI_STATE_UNHOOKED) {
         kvmi_finish_deletion(s);
     }
+}
+
+static void kvmi_attach(KVMIObject *s)
+{
+    s->detached = false;
+    qemu_bh_schedule(s->bh);
+}
+
+static void kvmi_cont(StopGuard *guard)
+{
+    QEMU_LOCK_GUARD(&kvmi_lock);
+    kvmi_attach(container_of(guard, KVMIObject, guard));
 }
 
 static void kvmi_open(StopGuard *guard)
@@ -637,6 +760,11 @@ static void kvmi_vm_state_change(void *opaque, bool running, RunState state)
     KVMIObject *s = opaque;
 
     qemu_bh_schedule(s->bh);
+}
+
+static void kvmi_suspend(Notifier *notifier, void *data)
+{
+    qemu_bh_schedule(container_of(notifier, KVMIObject, suspend)->bh);
 }
 
 static void kvmi_wakeup(Notifier *notifier, void *data)
@@ -676,10 +804,22 @@ static bool kvmi_load_key(KVMIObject *s, Error **errp)
     size_t cookie_len, hash_len;
 
     if (!s->key) {
+        if (s->auth == KVMI_AUTH_HMAC) {
+            error_setg(errp, "auth=hmac needs a key: the id of a secret"
+                       " object");
+            return false;
+        }
         return true;
     }
-    if (qcrypto_secret_lookup(s->key, &cookie, &cookie_len, errp) < 0 ||
-        qcrypto_hash_bytes(QCRYPTO_HASH_ALGO_SHA1, (char *)cookie, cookie_len,
+    if (qcrypto_secret_lookup(s->key, &cookie, &cookie_len, errp) < 0) {
+        return false;
+    }
+    if (s->auth == KVMI_AUTH_HMAC) {
+        s->secret = g_steal_pointer(&cookie);
+        s->secret_len = cookie_len;
+        return true;
+    }
+    if (qcrypto_hash_bytes(QCRYPTO_HASH_ALGO_SHA1, (char *)cookie, cookie_len,
                            &hash, &hash_len, errp) < 0) {
         return false;
     }
@@ -746,8 +886,11 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->guard.announce = kvmi_announce;
     s->guard.cut = kvmi_cut;
     s->guard.open = kvmi_open;
+    s->guard.cont = kvmi_cont;
     stop_gate_add(&s->guard);
     s->vmstate = qemu_add_vm_change_state_handler(kvmi_vm_state_change, s);
+    s->suspend.notify = kvmi_suspend;
+    qemu_register_suspend_notifier(&s->suspend);
     s->wakeup.notify = kvmi_wakeup;
     qemu_register_wakeup_notifier(&s->wakeup);
     qemu_register_reset_nosnapshotload(kvmi_reset, s);
@@ -813,6 +956,7 @@ static void kvmi_finalize(Object *obj)
     if (s->complete) {
         qemu_unregister_reset(kvmi_reset, s);
         notifier_remove(&s->wakeup);
+        notifier_remove(&s->suspend);
         qemu_del_vm_change_state_handler(s->vmstate);
         stop_gate_remove(&s->guard);
         qemu_bh_delete(s->bh);
@@ -820,6 +964,7 @@ static void kvmi_finalize(Object *obj)
     }
     g_free(s->chardev);
     g_free(s->key);
+    g_free(s->secret);
     g_free(s->id);
     g_free(s->peer);
     g_free(s->last_error);
@@ -927,6 +1072,31 @@ static void kvmi_set_migrate_start_time(Object *obj, bool value, Error **errp)
     }
 }
 
+static int kvmi_get_auth(Object *obj, Error **errp)
+{
+    return KVMI(obj)->auth;
+}
+
+static void kvmi_set_auth(Object *obj, int value, Error **errp)
+{
+    KVMIObject *s = KVMI(obj);
+
+    if (kvmi_may_set(s, "auth", errp)) {
+        s->auth = value;
+    }
+}
+
+static int kvmi_get_on_shutdown(Object *obj, Error **errp)
+{
+    return KVMI(obj)->on_shutdown;
+}
+
+/* Can be changed at any time, too */
+static void kvmi_set_on_shutdown(Object *obj, int value, Error **errp)
+{
+    KVMI(obj)->on_shutdown = value;
+}
+
 static void kvmi_class_init(ObjectClass *oc, void *data)
 {
     UserCreatableClass *ucc = USER_CREATABLE_CLASS(oc);
@@ -955,15 +1125,23 @@ static void kvmi_class_init(ObjectClass *oc, void *data)
     object_class_property_add(oc, "commands", "strList",
         kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_COMMANDS);
     object_class_property_set_description(oc, "commands",
-        "commands that tools may use, by name or number");
+        "commands that tools may use, by name, pattern or number");
     object_class_property_add(oc, "events", "strList",
         kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_EVENTS);
     object_class_property_set_description(oc, "events",
-        "events that tools may use, by name or number");
+        "events that tools may use, by name, pattern or number");
     object_class_property_add_bool(oc, "migrate-start-time",
         kvmi_get_migrate_start_time, kvmi_set_migrate_start_time);
     object_class_property_set_description(oc, "migrate-start-time",
         "the guest's start time is migrated (the target needs it, too)");
+    object_class_property_add_enum(oc, "auth", "KvmiAuth",
+        &KvmiAuth_lookup, kvmi_get_auth, kvmi_set_auth);
+    object_class_property_set_description(oc, "auth",
+        "how a tool proves that it knows the key");
+    object_class_property_add_enum(oc, "on-shutdown", "KvmiOnShutdown",
+        &KvmiOnShutdown_lookup, kvmi_get_on_shutdown, kvmi_set_on_shutdown);
+    object_class_property_set_description(oc, "on-shutdown",
+        "what tools get when the guest shuts down");
 }
 
 static const TypeInfo kvmi_info = {
@@ -979,24 +1157,126 @@ static const TypeInfo kvmi_info = {
     }
 };
 
+/*
+ * The name that the object had before it was upstream, and its properties, for
+ * existing command lines
+ */
+#define TYPE_INTROSPECTION "introspection"
+
+static void introspection_get_s(Object *obj, Visitor *v, const char *name,
+                                void *opaque, Error **errp)
+{
+    uint32_t value = *(uint32_t *)((char *)obj + (uintptr_t)opaque) / 1000;
+
+    visit_type_uint32(v, name, &value, errp);
+}
+
+static void introspection_set_s(Object *obj, Visitor *v, const char *name,
+                                void *opaque, Error **errp)
+{
+    uint32_t value;
+
+    if (!visit_type_uint32(v, name, &value, errp)) {
+        return;
+    }
+    if (value > UINT32_MAX / 1000) {
+        error_setg(errp, "%s: %" PRIu32 " s is too long", name, value);
+        return;
+    }
+    WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
+        *(uint32_t *)((char *)obj + (uintptr_t)opaque) = value * 1000;
+    }
+}
+
+static bool introspection_get_async_unhook(Object *obj, Error **errp)
+{
+    return true;
+}
+
+static void introspection_set_async_unhook(Object *obj, bool value,
+                                           Error **errp)
+{
+    if (!value) {
+        warn_report("async_unhook=off has no effect: QEMU never blocks while"
+                    " it waits for the tool");
+    }
+}
+
+static void introspection_class_init(ObjectClass *oc, void *data)
+{
+    object_class_property_add(oc, "handshake_timeout", "uint32",
+        introspection_get_s, introspection_set_s, NULL,
+        (void *)offsetof(KVMIObject, handshake_timeout_ms));
+    object_class_property_add(oc, "unhook_timeout", "uint32",
+        introspection_get_s, introspection_set_s, NULL,
+        (void *)offsetof(KVMIObject, unhook_timeout_ms));
+    object_class_property_add_bool(oc, "async_unhook",
+        introspection_get_async_unhook, introspection_set_async_unhook);
+    object_class_property_add(oc, "command", "strList",
+        kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_COMMANDS);
+    object_class_property_add(oc, "event", "strList",
+        kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_EVENTS);
+}
+
+static const TypeInfo introspection_info = {
+    .name = TYPE_INTROSPECTION,
+    .parent = TYPE_KVMI,
+    .class_init = introspection_class_init,
+};
+
 static void kvmi_register_types(void)
 {
     qemu_mutex_init(&kvmi_lock);
     type_register_static(&kvmi_info);
+    type_register_static(&introspection_info);
 }
 
 type_init(kvmi_register_types);
 
-/* Out-of-band: without the BQL, in any thread */
+/*
+ * QMP, out-of-band: without the BQL, in any thread
+ */
+
+static KVMIObject *kvmi_find(Error **errp)
+{
+    if (!the_kvmi) {
+        error_set(errp, ERROR_CLASS_DEVICE_NOT_ACTIVE,
+                  "There is no kvmi object");
+    }
+    return the_kvmi;
+}
+
+void qmp_kvmi_unhook(bool has_deadline_ms, uint32_t deadline_ms, Error **errp)
+{
+    QEMU_LOCK_GUARD(&kvmi_lock);
+    KVMIObject *s = kvmi_find(errp);
+
+    if (s) {
+        s->detached = true;
+        s->unhook_requested = true;
+        s->has_unhook_ms = has_deadline_ms;
+        s->unhook_ms = deadline_ms;
+        qemu_bh_schedule(s->bh);
+    }
+}
+
+void qmp_kvmi_hook(Error **errp)
+{
+    QEMU_LOCK_GUARD(&kvmi_lock);
+    KVMIObject *s = kvmi_find(errp);
+
+    if (s) {
+        kvmi_attach(s);
+    }
+}
+
 KvmiInfo *qmp_query_kvmi(Error **errp)
 {
     QEMU_LOCK_GUARD(&kvmi_lock);
-    KVMIObject *s = the_kvmi;
+    KVMIObject *s = kvmi_find(errp);
     KvmiInfo *info;
 
     if (!s) {
-        error_set(errp, ERROR_CLASS_DEVICE_NOT_ACTIVE,
-                  "There is no kvmi object");
         return NULL;
     }
 
@@ -1007,6 +1287,9 @@ KvmiInfo *qmp_query_kvmi(Error **errp)
     info->chardev = g_strdup(s->chardev);
     info->peer = g_strdup(s->peer);
     info->authenticated = s->key != NULL;
+    info->has_auth = info->authenticated;
+    info->auth = s->auth;
+    info->detached = s->detached;
     info->protocol_version = s->version;
     info->commands = kvmi_allowed_names(&s->commands, KVMI_COMMANDS);
     info->events = kvmi_allowed_names(&s->events, KVMI_EVENTS);
