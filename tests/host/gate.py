@@ -693,7 +693,7 @@ class SnapshotLoad(SnapshotSave):
 
 
 class FromInside(Way):
-    """Something that happens in the guest stops it."""
+    """Something that happens in the guest stops it. Not with a tool that hangs with breakpoints: the vCPUs wait for it then."""
     waits, stops = False, True
 
     def begin(self):
@@ -721,7 +721,7 @@ def gate_cut(g):
     """What can't wait cuts the tool off at once, and leaves the guest clean all the same; the tool is back when the guest runs."""
     g.qmp.execute("set-action", panic="pause", watchdog="pause")
     for way in (Panic, Watchdog):
-        combine(g, way, FEW)
+        combine(g, way, (Prompt, Deaf))
     assert g.qmp.execute("human-monitor-command", command_line="savevm snap", timeout=30) == ""
     for way in (Load, SnapshotLoad):
         combine(g, way, FEW)
@@ -857,9 +857,10 @@ class Suspend(Way):
 @scenario(timeout=400, machine="q35")
 def gate_suspend(g):
     """The guest suspends to RAM: it waits for the tool as for slow hardware; after it woke up the tool is let in again."""
-    combine(g, Suspend, (NoTool, *FEW))
-    with Hung(g) as tool:
+    combine(g, Suspend, (NoTool, Prompt, Chatty))
+    with Deaf(g) as tool:
         # Paused during the wait, it is suspended when it is resumed
+        tool.raw.subscribe_unhook()
         mark = g.qmp.mark()
         g.tell("suspend")
         tool.unhooking(mark)
