@@ -202,7 +202,7 @@ class Guest:
         except (Late, OSError):
             raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
         if alive:
-            self.wait_alive(240)
+            self.wait_alive(400)
         return self
 
     def tell(self, command):
