@@ -5,6 +5,11 @@
  *
  *	cc first-tool.c $(pkg-config --cflags --libs kvmi-2) -o first-tool
  *	./first-tool /run/kvmi.sock
+ *
+ * With a file that has the secret of QEMU's kvmi object (auth=hmac), it talks to
+ * nobody who does not know it:
+ *
+ *	./first-tool /run/kvmi.sock /etc/kvmi-secret
  */
 #include <poll.h>
 #include <stdio.h>
@@ -53,6 +58,19 @@ static enum kvmi_status watch(struct kvmi_vm *vm, struct kvmi_error *err)
 	return status;
 }
 
+static enum kvmi_status set_secret(struct kvmi_vm *vm, const char *path,
+				   struct kvmi_error *err)
+{
+	char secret[KVMI_SECRET_MAX];
+	FILE *file = fopen(path, "rb");
+	size_t size = file ? fread(secret, 1, sizeof(secret), file) : 0;
+
+	if (file)
+		fclose(file);
+
+	return kvmi_vm_set_secret(vm, secret, size, err);
+}
+
 int main(int argc, char **argv)
 {
 	struct kvmi_listener *listener = NULL;
@@ -60,8 +78,8 @@ int main(int argc, char **argv)
 	struct kvmi_error err;
 	enum kvmi_status status = KVMI_ERR_ARGUMENT;
 
-	if (argc != 2) {
-		fprintf(stderr, "usage: first-tool SOCKET\n");
+	if (argc != 2 && argc != 3) {
+		fprintf(stderr, "usage: first-tool SOCKET [SECRET-FILE]\n");
 		return 2;
 	}
 	listener = kvmi_listener_new_unix(argv[1], 0, &err);
@@ -71,6 +89,8 @@ int main(int argc, char **argv)
 		poll(&fd, 1, -1);	/* QEMU connects to us */
 		status = kvmi_listener_accept(listener, &vm, &err);
 	}
+	if (status == KVMI_OK && argc == 3)
+		status = set_secret(vm, argv[2], &err);
 	if (status == KVMI_OK)
 		status = watch(vm, &err);
 	if (status != KVMI_OK)
