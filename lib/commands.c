@@ -152,6 +152,8 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 		.get_page_access = version.features.get_page_access,
 		.get_max_gfn = version.features.get_max_gfn,
 		.journal = version.features.journal,
+		.set_sregs = version.features.set_sregs,
+		.set_msrs = version.features.set_msrs,
 	};
 	deadline = now_ms() + vm->timeout;
 	pthread_mutex_unlock(&vm->lock);

@@ -87,14 +87,30 @@ enum kvmi_status guest_read(struct guest *guest, uint64_t gva, void *data,
 	while (size) {
 		size_t part = PAGE_SIZE - gva % PAGE_SIZE;
 		enum kvmi_status status;
-		uint64_t gpa;
+		uint64_t gpa, last;
 
+		/* much of the image, which is in large pages: all in one go */
+		if (gva >= KERNEL_IMAGE && size > part)
+			part = LARGE_PAGE - gva % LARGE_PAGE;
 		if (part > size)
 			part = size;
 		status = guest_kernel_gpa(guest, gva, &gpa, err);
-		if (status == KVMI_OK)
-			status = kvmi_vm_read_physical(guest->vm, gpa, data,
-						       part, err);
+		if (status == KVMI_OK && part > PAGE_SIZE) {
+			status = guest_kernel_gpa(guest, gva + part - 1, &last,
+						  err);
+			if (status == KVMI_ERR_UNMAPPED ||
+			    (status == KVMI_OK && last - gpa != part - 1)) {
+				part = PAGE_SIZE - gva % PAGE_SIZE;
+				status = KVMI_OK;
+			}
+		}
+		if (status == KVMI_OK) {
+			struct kvmi_memory_op op = {
+				.gpa = gpa, .data = data, .size = part,
+			};
+
+			status = kvmi_vm_read_many(guest->vm, &op, 1, err);
+		}
 		if (status != KVMI_OK)
 			return status;
 		gva += part;
@@ -423,4 +439,22 @@ bool guest_resolve(const struct guest *guest, const struct symbols *map,
 	}
 
 	return true;
+}
+
+void guest_describe(const struct guest *guest, const struct symbols *map,
+		    uint64_t address, char *text, size_t size)
+{
+	const struct symbols *symbols = guest_symbols(guest, map);
+	const struct symbol *symbol = NULL;
+	uint64_t end = symbols ? address_of(guest, map, "_end") : 0;
+
+	if (guest->text_start && address >= guest->text_start && address < end)
+		symbol = symbols_at(symbols, address - guest->offset);
+	if (!symbol)
+		snprintf(text, size, "0x%" PRIx64, address);
+	else if (symbol->address + guest->offset == address)
+		snprintf(text, size, "%s", symbol->name);
+	else
+		snprintf(text, size, "%s+0x%" PRIx64, symbol->name,
+			 address - symbol->address - guest->offset);
 }

@@ -78,4 +78,8 @@ bool guest_resolve(const struct guest *guest, const struct symbols *map,
 		   const char *text, bool code, uint64_t *address,
 		   char *error, size_t error_size);
 
+/* FUNCTION+0x1f for an address in the kernel's image, else the address */
+void guest_describe(const struct guest *guest, const struct symbols *map,
+		    uint64_t address, char *text, size_t size);
+
 #endif

@@ -16,11 +16,7 @@ static const char help[] =
 "registers of its vCPUs, then lets it go.\n"
 "\n"
 "Options:\n"
-"  -s, --socket PATH    listen on this unix socket\n"
-"  -k, --key-file FILE  the secret that the key= property of QEMU's kvmi object\n"
-"                       stands for\n"
-"  -t, --timeout SEC    wait no longer than that for a VM (default: for ever)\n"
-"  -h, --help           print this\n";
+ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP;
 
 static void print_allowed(struct kvmi_vm *vm, bool events)
 {
@@ -79,58 +75,37 @@ static void print_vcpu(struct kvmi_vm *vm, unsigned int vcpu)
 int info_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{ "socket", required_argument, NULL, 's' },
-		{ "key-file", required_argument, NULL, 'k' },
-		{ "timeout", required_argument, NULL, 't' },
-		{ "help", no_argument, NULL, 'h' },
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS,
 		{ 0 },
 	};
 	const struct kvmi_vm_version *version;
 	const struct kvmi_vm_hello *hello;
-	struct one_vm_options common = { 0 };
+	struct one_vm one = { 0 };
 	unsigned int count, vcpu;
 	char uuid[37], when[64], name[65];
 	struct kvmi_error err;
 	struct kvmi_vm *vm;
 	enum kvmi_status status;
-	uint64_t number;
 	struct tm parts;
 	time_t start;
-	int option;
+	int option, result;
 	size_t i;
 
-	while ((option = getopt_long(argc, argv, "s:k:t:h", options,
+	while ((option = getopt_long(argc, argv, ONE_VM_SOCKET ONE_VM_TIMEOUT, options,
 				     NULL)) >= 0) {
-		switch (option) {
-		case 's':
-			common.socket = optarg;
-			break;
-		case 'k':
-			common.key_file = optarg;
-			break;
-		case 't':
-			if (parse_number(optarg, 1, 1000000, &number)) {
-				complain("--timeout wants seconds");
-				return EXIT_USAGE;
-			}
-			common.timeout_s = number;
-			break;
-		case 'h':
-			fputs(help, stdout);
-			return EXIT_OK;
-		default:
-			return EXIT_USAGE;
-		}
+		result = one_vm_option(&one, option, help);
+		if (result >= 0)
+			return result;
 	}
-	if (optind < argc || !common.socket) {
-		complain("usage: kvmi info --socket PATH; see kvmi info --help");
-		return EXIT_USAGE;
-	}
+	result = one_vm_options_end(&one, "info", argc - optind, 0);
+	if (result >= 0)
+		return result;
 
-	vm = wait_for_vm(&common, KVMI_SET(KVMI_CMD_VM_GET_INFO),
-			 KVMI_SET(KVMI_EV_UNHOOK));
-	if (!vm)
-		return EXIT_PROBLEM;
+	result = one_vm_connect(&one, KVMI_SET(KVMI_CMD_VM_GET_INFO),
+				KVMI_SET(KVMI_EV_UNHOOK));
+	if (result != EXIT_OK)
+		return result;
+	vm = one.vm;
 
 	hello = kvmi_vm_get_hello(vm);
 	version = kvmi_vm_get_version(vm);
@@ -159,13 +134,13 @@ int info_main(int argc, char **argv)
 	status = kvmi_vm_get_vcpu_count(vm, &count, &err);
 	if (status != KVMI_OK) {
 		complain("%s", err.message);
-		kvmi_vm_close(vm);
+		one_vm_close(&one);
 		return EXIT_PROBLEM;
 	}
 	printf("vCPUs: %u\n", count);
 	for (vcpu = 0; vcpu < count; vcpu++)
 		print_vcpu(vm, vcpu);
-	kvmi_vm_close(vm);
+	one_vm_close(&one);
 
 	return fflush(stdout) ? EXIT_PROBLEM : EXIT_OK;
 }

@@ -2,12 +2,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "kvmi.h"
@@ -24,10 +22,22 @@ static const char help[] =
 "\n"
 "Either side may be started first.\n"
 "\n"
-"Commands:\n"
-"  watch   count and print calls of functions of running guest kernels\n"
-"  info    print what a VM allows, then let it go\n"
-"  read    print memory of a VM\n"
+"Commands that stay, with any number of VMs:\n"
+"  watch    count and print calls of functions of running guest kernels\n"
+"  events   print writes of control registers and MSRs, accesses to pages...\n"
+"  stat     print rates of events, and how long commands take\n"
+"  protect  tell who writes to the code of running guest kernels\n"
+"\n"
+"Commands that look at one VM and go:\n"
+"  info     print what a VM allows\n"
+"  read     print memory\n"
+"  dump     write memory to a file\n"
+"  ps       list the processes of a Linux guest\n"
+"  modules  list the modules of its kernel\n"
+"  trace    print what a vCPU executes, step by step\n"
+"\n"
+"Others:\n"
+"  doctor   tell whether this host is ready, and what is missing\n"
 "\n"
 "'kvmi COMMAND --help' tells about each.\n";
 
@@ -98,72 +108,6 @@ struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 	return listener;
 }
 
-static volatile sig_atomic_t interrupted;
-
-static void on_signal(int signal)
-{
-	(void)signal;
-	interrupted = 1;
-}
-
-struct kvmi_vm *wait_for_vm(const struct one_vm_options *options,
-			    uint64_t commands, uint64_t events)
-{
-	/* no SA_RESTART: poll() ends */
-	struct sigaction action = { .sa_handler = on_signal };
-	struct kvmi_listener *listener;
-	struct kvmi_vm *vm = NULL;
-	struct kvmi_error err;
-	enum kvmi_status status;
-	time_t end = 0;
-
-	listener = start_listening(options->socket, options->key_file, 0);
-	if (!listener)
-		return NULL;
-
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-	if (options->timeout_s)
-		end = time(NULL) + options->timeout_s;
-
-	while (!interrupted) {
-		struct pollfd poll_fd = {
-			.fd = vm ? kvmi_vm_fd(vm) : kvmi_listener_fd(listener),
-			.events = POLLIN,
-		};
-
-		if (end && time(NULL) >= end) {
-			complain(vm ? "a VM has connected to %s, but it is paused" :
-				 "no VM has connected to %s", options->socket);
-			break;
-		}
-		if (poll(&poll_fd, 1, 1000) <= 0)
-			continue;
-		if (!vm) {
-			status = kvmi_listener_accept(listener, &vm, &err);
-			/* while it is paused, QEMU connects but says nothing */
-			if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
-				continue;
-		} else {
-			status = kvmi_vm_connect(vm, commands, events, &err);
-			/* not allowed: maybe they can do without */
-			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED) {
-				kvmi_listener_free(listener);
-				return vm;
-			}
-		}
-		complain("%s", err.message);
-		kvmi_vm_close(vm);
-		vm = NULL;
-		if (status == KVMI_ERR_SYSTEM)
-			break;
-	}
-	kvmi_vm_close(vm);
-	kvmi_listener_free(listener);
-
-	return NULL;
-}
-
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -171,8 +115,16 @@ int main(int argc, char **argv)
 		int (*run)(int argc, char **argv);
 	} commands[] = {
 		{ "watch", watch_main },
+		{ "events", events_main },
+		{ "stat", stat_main },
 		{ "info", info_main },
 		{ "read", read_main },
+		{ "ps", ps_main },
+		{ "modules", modules_main },
+		{ "dump", dump_main },
+		{ "doctor", doctor_main },
+		{ "trace", trace_main },
+		{ "protect", protect_main },
 	};
 	size_t i;
 

@@ -156,6 +156,13 @@ int output_fd(void)
 
 void output_line(const char *text, size_t length, bool may_be_lost)
 {
+	if (!started) {
+		/* commands that hold up no guest do without the thread */
+		fwrite(text, 1, length, stdout);
+		putchar('\n');
+		return;
+	}
+
 	pthread_mutex_lock(&lock);
 	if (failed || (may_be_lost && used > SOFT_LIMIT) || used > HARD_LIMIT)
 		goto drop;

@@ -22,16 +22,10 @@ static const char help[] =
 "guest's Linux kernel.\n"
 "\n"
 "Options:\n"
-"  -s, --socket PATH      listen on this unix socket\n"
 "  -p, --physical         ADDRESS is a guest-physical one\n"
 "  -c, --vcpu N           use the page tables of vCPU N (default: 0)\n"
-"  -m, --system-map FILE  the kernel's System.map, for symbols; without it they\n"
-"                         are read from the guest's memory\n"
 "  -o, --output FILE      write the bytes as they are to FILE\n"
-"  -k, --key-file FILE    the secret that the key= property of QEMU's kvmi\n"
-"                         object stands for\n"
-"  -t, --timeout SEC      wait no longer than that for a VM (default: for ever)\n"
-"  -h, --help             print this\n";
+ONE_VM_MAP_HELP ONE_VM_TIMEOUT_HELP ONE_VM_SOCKET_HELP;
 
 static void dump(uint64_t address, const uint8_t *data, size_t size)
 {
@@ -101,36 +95,27 @@ static enum kvmi_status read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 int read_main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{ "socket", required_argument, NULL, 's' },
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_TIMEOUT_OPTIONS, ONE_VM_MAP_OPTIONS,
 		{ "physical", no_argument, NULL, 'p' },
 		{ "vcpu", required_argument, NULL, 'c' },
-		{ "system-map", required_argument, NULL, 'm' },
 		{ "output", required_argument, NULL, 'o' },
-		{ "key-file", required_argument, NULL, 'k' },
-		{ "timeout", required_argument, NULL, 't' },
-		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
-	struct one_vm_options common = { 0 };
-	const char *map_path = NULL, *output_path = NULL, *where;
+	struct one_vm one = { 0 };
+	const char *output_path = NULL, *where;
 	uint64_t number, address = 0, length, done;
-	struct symbols *map = NULL;
-	struct guest guest = { 0 };
-	struct kvmi_vm *vm = NULL;
+	struct kvmi_vm *vm;
 	unsigned int vcpu = 0;
 	bool physical = false;
 	uint8_t *data = NULL;
 	struct kvmi_error err;
 	FILE *output = NULL;
-	int option, result = EXIT_PROBLEM;
+	int option, result;
 	char text[512];
 
-	while ((option = getopt_long(argc, argv, "s:pc:m:o:k:t:h", options,
-				     NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "pc:o:" ONE_VM_SOCKET ONE_VM_TIMEOUT
+				     ONE_VM_MAP, options, NULL)) >= 0) {
 		switch (option) {
-		case 's':
-			common.socket = optarg;
-			break;
 		case 'p':
 			physical = true;
 			break;
@@ -141,54 +126,34 @@ int read_main(int argc, char **argv)
 			}
 			vcpu = number;
 			break;
-		case 'm':
-			map_path = optarg;
-			break;
 		case 'o':
 			output_path = optarg;
 			break;
-		case 'k':
-			common.key_file = optarg;
-			break;
-		case 't':
-			if (parse_number(optarg, 1, 1000000, &number)) {
-				complain("--timeout wants seconds");
-				return EXIT_USAGE;
-			}
-			common.timeout_s = number;
-			break;
-		case 'h':
-			fputs(help, stdout);
-			return EXIT_OK;
 		default:
-			return EXIT_USAGE;
+			result = one_vm_option(&one, option, help);
+			if (result >= 0)
+				return result;
 		}
 	}
-	if (optind + 2 != argc || !common.socket) {
-		complain("usage: kvmi read --socket PATH ADDRESS|SYMBOL LENGTH; see kvmi read --help");
-		return EXIT_USAGE;
-	}
+	result = one_vm_options_end(&one, "read", argc - optind, 2);
+	if (result >= 0)
+		return result;
+	result = EXIT_USAGE;
 	where = argv[optind];
 	if (parse_number(argv[optind + 1], 1, MOST_BYTES, &length)) {
 		complain("%s: not a number of bytes", argv[optind + 1]);
-		return EXIT_USAGE;
+		goto out;
 	}
 	if (isdigit((unsigned char)where[0])) {
 		if (parse_number(where, 0, UINT64_MAX, &address)) {
 			complain("%s: not an address", where);
-			return EXIT_USAGE;
+			goto out;
 		}
 	} else if (physical) {
 		complain("--physical wants an address, not a symbol");
-		return EXIT_USAGE;
+		goto out;
 	}
-	if (map_path) {
-		map = symbols_load(map_path, text, sizeof(text));
-		if (!map) {
-			complain("%s", text);
-			return EXIT_PROBLEM;
-		}
-	}
+	result = EXIT_PROBLEM;
 	if (output_path) {
 		output = fopen(output_path, "we");
 		if (!output) {
@@ -197,27 +162,20 @@ int read_main(int argc, char **argv)
 		}
 	}
 
-	vm = wait_for_vm(&common, KVMI_SET(KVMI_CMD_VM_READ_PHYSICAL) |
-			 (physical ? 0 : KVMI_SET(KVMI_CMD_VCPU_GET_REGISTERS)),
-			 0);
-	if (!vm)
+	result = one_vm_connect(&one, KVMI_SET(KVMI_CMD_VM_READ_PHYSICAL) |
+				(physical ? 0 :
+				 KVMI_SET(KVMI_CMD_VCPU_GET_REGISTERS)), 0);
+	if (result == EXIT_OK && !isdigit((unsigned char)where[0]))
+		result = one_vm_find_kernel(&one);
+	if (result != EXIT_OK)
 		goto out;
-	if (!isdigit((unsigned char)where[0])) {
-		enum guest_result found = guest_find_kernel(&guest, vm, map,
-							    text, sizeof(text),
-							    &err);
-
-		if (found == GUEST_FAILED)
-			complain("%s", err.message);
-		else if (found != GUEST_FOUND)
-			complain("%s", text);
-		if (found != GUEST_FOUND)
-			goto out;
-		if (!guest_resolve(&guest, map, where, false, &address, text,
-				   sizeof(text))) {
-			complain("%s", text);
-			goto out;
-		}
+	result = EXIT_PROBLEM;
+	vm = one.vm;
+	if (!isdigit((unsigned char)where[0]) &&
+	    !guest_resolve(&one.guest, one.map, where, false, &address, text,
+			   sizeof(text))) {
+		complain("%s", text);
+		goto out;
 	}
 
 	data = malloc(PIECE);
@@ -254,9 +212,7 @@ out:
 	}
 	if (fflush(stdout))
 		result = EXIT_PROBLEM;
-	kvmi_vm_close(vm);
-	guest_forget(&guest);
-	symbols_free(map);
+	one_vm_close(&one);
 	free(data);
 
 	return result;

@@ -1,19 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * One connection to one VM: breakpoints in, hits, breakpoints out.
- *
- * Rules that keep the guest alive:
- *
- *  - A breakpoint is in memory only while the event is enabled on all vCPUs.
- *  - Nothing is left behind.  To take the breakpoints out, all vCPUs are
- *    paused; each then has an open event, either the PAUSE or the hit that it
- *    had before.  With all bytes back, hits are answered by RETRY, which runs
- *    the instruction that is there now.  Only when all PAUSE events have been
- *    answered too, so that no hit can be on its way, the connection is closed.
- *  - To execute an instruction that is under a breakpoint, its byte has to be
- *    put back for a moment; all other vCPUs are paused meanwhile.
- *  - A byte is put back only if the INT3 is still there: the guest may have
- *    rewritten its code.
+ * One connection to one VM: breakpoints in, hits, breakpoints out.  The hard part
+ * of it is the library's: see kvmi/hooks.h.
  */
 
 #include <errno.h>
@@ -27,52 +15,27 @@
 #include "output.h"
 #include "watch.h"
 
-#define INT3 0xcc
-
 /* A VM that is gone ends the connection: this is for one that is stuck */
 #define COMMAND_TIMEOUT_MS 10000
 #define HANDSHAKE_TIMEOUT_MS 10000
-/* For all vCPUs to stop or to go on; below QEMU's deadline for unhooking (5 s) */
-#define STOP_TIMEOUT_MS 3000
-/* For one instruction */
-#define STEP_TIMEOUT_MS 3000
-/* When taking out took longer, there is no time to have a second look */
-#define VERIFY_UNTIL_MS 2500
 #define KERNEL_POLL_MS 200
 #define KERNEL_RETRY_MS 5000
 #define SUMMARY_US 1000000
 /* How many breakpoint-out lines before only a count is printed */
 #define FEW 16
-/* Pages that are handled at once */
-#define CHUNK 256
-/* Breakpoints that are planted while the guest stands still */
-#define SLICE 1024
-
-struct vcpu {
-	bool enabled;			/* BREAKPOINT is */
-	bool fix_registers;		/* open->state is not what the vCPU has */
-	struct kvmi_vm_event *open;	/* not answered yet */
-	unsigned int pauses_due;	/* PAUSE events that will come */
-};
 
 struct session {
 	struct watch *watch;
 	struct kvmi_vm *vm;
 	struct vm_record *record;
-	struct insn_decoder *decoder;
-
-	struct vcpu *vcpus;
-	unsigned int vcpu_count;
-	bool holding;		/* do not answer PAUSE events */
+	struct kvmi_hooks *hooks;	/* the record's */
 
 	bool planted;
-	bool unhook;		/* KVMI_EV_UNHOOK came */
-	int64_t unhook_ts;
+	int64_t unhook_ts;	/* 0: not asked to leave */
 	bool lost;		/* the connection is gone */
 	struct kvmi_error error;	/* why */
 
 	char waiting_for[256];	/* what was said last about the kernel */
-	uint64_t foreign;	/* INT3s of the guest itself */
 	int64_t summary_ts;
 };
 
@@ -192,7 +155,8 @@ static void show_summary(struct session *s, bool last)
 	if (s->watch->json) {
 		start_line(s, &line, ts, "summary");
 		json_number(&line, "interval_us", interval);
-		json_number(&line, "foreign", s->foreign);
+		json_number(&line, "foreign",
+			    kvmi_hooks_foreign(s->hooks));
 		json_open(&line, "breakpoints", '[');
 	}
 	for (i = 0; i < record->breakpoint_count; i++) {
@@ -246,6 +210,9 @@ static bool is_lost(struct session *s, enum kvmi_status status,
 			s->error = *err;
 		s->lost = true;
 	}
+	/* or the library has seen it first */
+	if (!s->lost)
+		s->lost = kvmi_hooks_is_lost(s->hooks, &s->error);
 
 	return s->lost;
 }
@@ -253,450 +220,82 @@ static bool is_lost(struct session *s, enum kvmi_status status,
 /* There is something more urgent than whatever goes on */
 static bool is_stopping(struct session *s)
 {
-	return s->unhook || s->lost || atomic_load(&s->watch->stopping);
+	if (!s->unhook_ts && kvmi_hooks_is_asked_to_leave(s->hooks))
+		s->unhook_ts = now_us();
+
+	return s->unhook_ts || is_lost(s, KVMI_OK, NULL) ||
+	       atomic_load(&s->watch->stopping);
 }
 
-/* Answers the open event of a vCPU */
-static void answer(struct session *s, unsigned int vcpu, enum kvmi_action action,
-		   const struct kvm_regs *regs)
+static void count_hit(struct session *s, struct breakpoint *bp)
 {
-	struct vcpu *v = &s->vcpus[vcpu];
-	struct kvmi_vm_event *event = v->open;
-	struct kvmi_error err;
-	enum kvmi_status status;
+	uint64_t hits = atomic_fetch_add(&s->watch->hits, 1) + 1;
 
-	if (!event)
-		return;
-	if (!regs && v->fix_registers)
-		regs = &event->state.regs;
-	v->open = NULL;
-	v->fix_registers = false;
-	status = regs ?
-		kvmi_vm_reply_with_registers(s->vm, event, action, regs, &err) :
-		kvmi_vm_reply(s->vm, event, action, &err);
-	kvmi_vm_event_free(event);
-	if (status != KVMI_OK && !is_lost(s, status, &err))
-		problem(s, "vCPU %u: %s", vcpu, err.message);
+	bp->hits++;
+	if (s->watch->count && hits == s->watch->count)
+		watch_stop(s->watch);
 }
 
-static bool more_vcpus(struct session *s, unsigned int count)
+static void on_hit(struct kvmi_hook *hook, const struct kvmi_vm_event *event,
+		   void *context)
 {
-	struct vcpu *vcpus;
+	struct vm_record *record = context;
+	struct breakpoint *bp = kvmi_hook_cookie(hook);
 
-	if (count <= s->vcpu_count)
-		return true;
-	vcpus = realloc(s->vcpus, count * sizeof(*vcpus));
-	if (!vcpus)
-		return false;
-	memset(vcpus + s->vcpu_count, 0,
-	       (count - s->vcpu_count) * sizeof(*vcpus));
-	s->vcpus = vcpus;
-	s->vcpu_count = count;
-
-	return true;
+	count_hit(record->session, bp);
+	show_hit(record->session, bp, now_us(), event->vcpu, &event->state);
 }
 
-static void take_event(struct session *s, struct kvmi_vm_event *event)
+static void on_problem(struct kvmi_hook *hook, enum kvmi_hook_problem kind,
+		       const char *text, void *context)
 {
-	unsigned int vcpu = event->vcpu;
+	struct vm_record *record = context;
+	struct breakpoint *bp = hook ? kvmi_hook_cookie(hook) : NULL;
 
-	if (event->id == KVMI_EV_UNHOOK) {
-		if (!s->unhook)
-			s->unhook_ts = now_us();
-		s->unhook = true;
-		kvmi_vm_event_free(event);
-		return;
+	if (!bp) {
+		problem(record->session, "%s", text);
+	} else if (kind == KVMI_HOOK_RETIRED) {
+		problem(record->session, "breakpoint %s taken out: %s",
+			bp->name, text);
+	} else {
+		if (!bp->complained)
+			problem(record->session, "no breakpoint at %s: %s",
+				bp->name, text);
+		bp->complained = true;
 	}
-	if (!more_vcpus(s, vcpu + 1)) {
-		kvmi_vm_reply(s->vm, event, KVMI_ACTION_CONTINUE, NULL);
-		kvmi_vm_event_free(event);
-		return;
-	}
-
-	/* at most one at a time: the library sees to that */
-	s->vcpus[vcpu].open = event;
-	if (event->id == KVMI_EV_BREAKPOINT)
-		return;
-	if (event->id == KVMI_EV_PAUSE) {
-		if (s->vcpus[vcpu].pauses_due)
-			s->vcpus[vcpu].pauses_due--;
-		if (s->holding)
-			return;
-	}
-	answer(s, vcpu, KVMI_ACTION_CONTINUE, NULL);
 }
 
-static void take_events(struct session *s)
+static bool on_interrupted(void *context)
 {
-	struct kvmi_vm_event *event;
+	struct vm_record *record = context;
 
-	while ((event = kvmi_vm_next_event(s->vm)))
-		take_event(s, event);
+	return is_stopping(record->session);
 }
 
-/* One event, or until the deadline; false if there was none */
-static bool wait_event(struct session *s, int64_t deadline)
+static bool is_interrupted(void *context)
 {
-	int64_t left = deadline - now_ms();
-	struct kvmi_vm_event *event;
-	struct kvmi_error err;
-	enum kvmi_status status;
+	struct session *s = context;
 
-	if (s->lost || left <= 0)
-		return false;
-	status = kvmi_vm_wait_event(s->vm, left > 60000 ? 60000 : left, &event,
-				    &err);
-	if (status != KVMI_OK) {
-		is_lost(s, status, &err);
-		return false;
-	}
-	take_event(s, event);
+	kvmi_hooks_dispatch(s->hooks);
 
-	return true;
+	return is_stopping(s);
+}
+
+bool session_make_hooks(struct vm_record *record)
+{
+	static const struct kvmi_hooks_callbacks callbacks = {
+		.hit = on_hit, .problem = on_problem,
+		.interrupted = on_interrupted,
+	};
+
+	record->hooks = kvmi_hooks_new(&callbacks, record, NULL);
+
+	return record->hooks;
 }
 
 /* ------------------------------------------------------------------------
- * Holding vCPUs
+ * Breakpoints
  */
-
-/*
- * Makes sure that no vCPU but `except' (-1: none) executes guest code, until
- * release().  Their events may still be on their way.
- */
-static bool hold(struct session *s, int except)
-{
-	enum kvmi_status *status = NULL, all = KVMI_OK;
-	uint16_t *list = NULL;
-	struct kvmi_error err;
-	size_t count = 0, i;
-
-	take_events(s);
-	s->holding = true;
-
-	list = calloc(s->vcpu_count, sizeof(*list));
-	status = calloc(s->vcpu_count, sizeof(*status));
-	if (list && status) {
-		for (i = 0; i < s->vcpu_count; i++) {
-			/*
-			 * With an open event it stands still already; if a
-			 * PAUSE is due it will not run before that.
-			 */
-			if ((int)i == except || !s->vcpus[i].enabled ||
-			    s->vcpus[i].open || s->vcpus[i].pauses_due)
-				continue;
-			list[count++] = i;
-		}
-		all = kvmi_vm_pause_vcpus(s->vm, list, count, true, status,
-					  &err);
-		for (i = 0; i < count; i++)
-			if (status[i] == KVMI_OK ||
-			    status[i] == KVMI_ERR_TIMEOUT)
-				s->vcpus[list[i]].pauses_due++;
-		if (all != KVMI_OK && !is_lost(s, all, &err))
-			problem(s, "%s", err.message);
-	} else {
-		all = KVMI_ERR_SYSTEM;
-	}
-	free(list);
-	free(status);
-	take_events(s);
-
-	return all == KVMI_OK;
-}
-
-static void release(struct session *s)
-{
-	unsigned int i;
-
-	s->holding = false;
-	for (i = 0; i < s->vcpu_count; i++)
-		if (s->vcpus[i].open && s->vcpus[i].open->id == KVMI_EV_PAUSE)
-			answer(s, i, KVMI_ACTION_CONTINUE, NULL);
-}
-
-/* After hold(): until all events that stop them are here */
-static bool wait_all_stopped(struct session *s)
-{
-	int64_t deadline = now_ms() + STOP_TIMEOUT_MS;
-	unsigned int i;
-
-	do {
-		take_events(s);
-		for (i = 0; i < s->vcpu_count; i++)
-			if (s->vcpus[i].enabled && !s->vcpus[i].open)
-				break;
-		if (i == s->vcpu_count)
-			return true;
-	} while (wait_event(s, deadline));
-
-	return false;
-}
-
-/* ------------------------------------------------------------------------
- * Putting breakpoints in and out
- */
-
-static int by_gpa(const void *left, const void *right)
-{
-	const struct breakpoint *a = *(struct breakpoint *const *)left;
-	const struct breakpoint *b = *(struct breakpoint *const *)right;
-
-	return (a->gpa > b->gpa) - (a->gpa < b->gpa);
-}
-
-static struct breakpoint *find_breakpoint(const struct vm_record *record,
-					  uint64_t gpa)
-{
-	size_t low = 0, high = record->planted_count;
-
-	while (low < high) {
-		size_t middle = low + (high - low) / 2;
-
-		if (record->planted[middle]->gpa < gpa)
-			low = middle + 1;
-		else
-			high = middle;
-	}
-
-	return low < record->planted_count &&
-	       record->planted[low]->gpa == gpa ? record->planted[low] : NULL;
-}
-
-static struct breakpoint *breakpoint_of(const struct vm_record *record,
-					const struct kvmi_vm_event *event)
-{
-	struct breakpoint *bp = NULL;
-	size_t i;
-
-	if (event->breakpoint.gpa != UINT64_MAX)
-		return find_breakpoint(record, event->breakpoint.gpa);
-	for (i = 0; i < record->planted_count && !bp; i++)
-		if (record->planted[i]->gva == event->state.regs.rip)
-			bp = record->planted[i];
-
-	return bp;
-}
-
-/* Breakpoints of one page that are next to each other in the list */
-struct span {
-	size_t first;
-	size_t count;
-	uint64_t gpa;
-	uint32_t size;
-};
-
-/*
- * Cuts list[from, count) into spans, `most' at the most; returns how many.
- * single: one for each breakpoint, so that only their bytes are written.
- */
-static size_t make_spans(struct breakpoint **list, size_t from, size_t count,
-			 bool single, struct span *spans, size_t most)
-{
-	size_t i, used = 0;
-
-	for (i = from; i < count; i++) {
-		struct span *last = used ? &spans[used - 1] : NULL;
-		uint64_t gpa = list[i]->gpa;
-
-		if (last && !single &&
-		    gpa / PAGE_SIZE == last->gpa / PAGE_SIZE) {
-			last->count++;
-			last->size = gpa - last->gpa + 1;
-			continue;
-		}
-		if (used == most)
-			break;
-		spans[used++] = (struct span){ i, 1, gpa, 1 };
-	}
-
-	return used;
-}
-
-/* Sets the first byte of an instruction, if it is `from' now */
-static bool change_byte(struct session *s, uint64_t gpa, uint8_t from,
-			uint8_t to, bool *was)
-{
-	enum kvmi_status status;
-	struct kvmi_error err;
-	uint8_t byte;
-
-	*was = false;
-	status = kvmi_vm_read_physical(s->vm, gpa, &byte, 1, &err);
-	if (status == KVMI_OK && byte != from)
-		return true;
-	if (status == KVMI_OK)
-		status = kvmi_vm_write_physical(s->vm, gpa, &to, 1, &err);
-	if (status == KVMI_OK) {
-		*was = true;
-		return true;
-	}
-	if (!is_lost(s, status, &err))
-		problem(s, "0x%" PRIx64 ": %s", gpa, err.message);
-
-	return false;
-}
-
-/*
- * Exchanges the bytes of list: INT3s to what was there (out), or the other way
- * round.  held: all vCPUs stand still, thus a page can be written at once, with
- * all that is between the breakpoints.  Each ->planted tells the outcome.
- */
-static void exchange(struct session *s, struct breakpoint **list, size_t count,
-		     bool out, bool held)
-{
-	struct kvmi_memory_op ops[CHUNK];
-	struct span spans[CHUNK];
-	uint8_t *buffer = malloc(CHUNK * PAGE_SIZE);
-	size_t from = 0, i, j;
-	enum kvmi_status status;
-	struct kvmi_error err;
-
-	if (!buffer) {
-		problem(s, "out of memory");
-		return;
-	}
-	while (from < count && !s->lost) {
-		size_t used = make_spans(list, from, count, !held, spans, CHUNK);
-		size_t writes = 0;
-
-		from = spans[used - 1].first + spans[used - 1].count;
-		for (i = 0; i < used; i++)
-			ops[i] = (struct kvmi_memory_op){
-				.gpa = spans[i].gpa, .size = spans[i].size,
-				.data = buffer + i * PAGE_SIZE,
-			};
-		status = kvmi_vm_read_many(s->vm, ops, used, &err);
-		if (status != KVMI_OK && !is_lost(s, status, &err))
-			problem(s, "reading code: %s", err.message);
-
-		for (i = 0; i < used; i++) {
-			bool write = false;
-
-			if (ops[i].status != KVMI_OK)
-				continue;
-			for (j = 0; j < spans[i].count; j++) {
-				struct breakpoint *bp = list[spans[i].first + j];
-				uint8_t original = bp->insn.bytes[0];
-				uint8_t *byte = (uint8_t *)ops[i].data +
-						(bp->gpa - spans[i].gpa);
-
-				bp->changing = *byte == (out ? INT3 : original);
-				if (bp->changing) {
-					*byte = out ? original : INT3;
-					write = true;
-				} else if (out) {
-					/* the guest has rewritten it */
-					bp->planted = bp->leftover = false;
-				} else if (*byte == INT3 && bp->leftover) {
-					/* ours, from the last connection */
-					bp->planted = true;
-				}
-			}
-			if (write) {
-				ops[writes] = ops[i];
-				spans[writes++] = spans[i];
-			}
-		}
-
-		status = kvmi_vm_write_many(s->vm, ops, writes, &err);
-		if (status != KVMI_OK && !is_lost(s, status, &err))
-			problem(s, "writing code: %s", err.message);
-		for (i = 0; i < writes; i++) {
-			bool done = ops[i].status == KVMI_OK;
-
-			for (j = 0; j < spans[i].count; j++) {
-				struct breakpoint *bp = list[spans[i].first + j];
-
-				if (!bp->changing)
-					continue;
-				/* If in doubt, it is there and has to go */
-				bp->planted = !(out && done);
-				if (done)
-					bp->leftover = false;
-			}
-		}
-	}
-	free(buffer);
-}
-
-/* Reads memory to make sure that no INT3 of ours is left; how many are */
-static size_t count_left(struct session *s, bool held)
-{
-	struct vm_record *record = s->record;
-	struct kvmi_memory_op ops[CHUNK];
-	struct span spans[CHUNK];
-	uint8_t *buffer = malloc(CHUNK * PAGE_SIZE);
-	size_t from = 0, left = 0, i, j;
-	enum kvmi_status status;
-	struct kvmi_error err;
-
-	if (!buffer)
-		return record->planted_count;
-	while (from < record->planted_count) {
-		size_t used = make_spans(record->planted, from,
-					 record->planted_count, !held, spans,
-					 CHUNK);
-
-		from = spans[used - 1].first + spans[used - 1].count;
-		for (i = 0; i < used; i++)
-			ops[i] = (struct kvmi_memory_op){
-				.gpa = spans[i].gpa, .size = spans[i].size,
-				.data = buffer + i * PAGE_SIZE,
-			};
-		status = kvmi_vm_read_many(s->vm, ops, used, &err);
-		if (status != KVMI_OK)
-			is_lost(s, status, &err);
-		for (i = 0; i < used; i++)
-			for (j = 0; j < spans[i].count; j++) {
-				struct breakpoint *bp =
-					record->planted[spans[i].first + j];
-				const uint8_t *bytes = ops[i].data;
-
-				if (ops[i].status != KVMI_OK ||
-				    bytes[bp->gpa - spans[i].gpa] == INT3)
-					left++;
-			}
-	}
-	free(buffer);
-
-	return left;
-}
-
-/* What the guest has at the breakpoint: bytes, size of them */
-static bool prepare(struct session *s, struct breakpoint *bp, uint8_t *bytes,
-		    size_t size, char *why, size_t why_size)
-{
-	struct guest *guest = &s->record->guest;
-	struct kvmi_error err;
-
-	/* the rest is on another page, which can be anywhere */
-	if (size < INSN_MAX &&
-	    guest_read(guest, bp->gva + size, bytes + size, INSN_MAX - size,
-		       &err) == KVMI_OK)
-		size = INSN_MAX;
-	if (bytes[0] == INT3) {
-		if (!bp->leftover) {
-			snprintf(why, why_size,
-				 "there is an INT3 already, which is not ours");
-			return false;
-		}
-		bytes[0] = bp->insn.bytes[0];
-	} else {
-		bp->leftover = false;
-	}
-
-	if (insn_decode(s->decoder, bytes, size, &bp->insn)) {
-		snprintf(why, why_size, "there is no valid instruction");
-		return false;
-	}
-	if (bp->insn.kind == INSN_REFUSE) {
-		snprintf(why, why_size, "cannot get over '%s': %s",
-			 bp->insn.text, bp->insn.why);
-		return false;
-	}
-
-	return true;
-}
 
 static void name_breakpoint(struct session *s, struct breakpoint *bp)
 {
@@ -761,456 +360,24 @@ static void spread(struct session *s, struct breakpoint *first, size_t wanted)
 	free(places);
 }
 
-/* ------------------------------------------------------------------------
- * Hits
- */
-
-/* The memory of a vCPU with an open event */
-struct memory_context {
-	struct session *s;
-	const struct kvmi_registers *state;
-};
-
-static bool walk(struct memory_context *context, uint64_t gva, uint64_t *gpa,
-		 bool *writable)
-{
-	const struct kvm_sregs *sregs = &context->state->sregs;
-	struct kvmi_error err;
-	enum kvmi_status status;
-
-	status = guest_translate(context->s->vm, sregs->cr3,
-				 sregs->cr4 >> 12 & 1, gva, gpa, writable, &err);
-	if (status != KVMI_OK)
-		is_lost(context->s, status, &err);
-
-	return status == KVMI_OK;
-}
-
-static int memory_access(struct memory_context *context, uint64_t gva,
-			 uint8_t *data, size_t size, bool write)
-{
-	while (size) {
-		size_t part = PAGE_SIZE - gva % PAGE_SIZE;
-		enum kvmi_status status;
-		struct kvmi_error err;
-		uint64_t gpa;
-
-		if (part > size)
-			part = size;
-		if (!walk(context, gva, &gpa, NULL))
-			return -1;
-		status = write ?
-			kvmi_vm_write_physical(context->s->vm, gpa, data, part,
-					       &err) :
-			kvmi_vm_read_physical(context->s->vm, gpa, data, part,
-					      &err);
-		if (status != KVMI_OK) {
-			is_lost(context->s, status, &err);
-			return -1;
-		}
-		gva += part;
-		data += part;
-		size -= part;
-	}
-
-	return 0;
-}
-
-static int memory_read(void *context, uint64_t gva, void *data, size_t size)
-{
-	return memory_access(context, gva, data, size, false);
-}
-
-static int memory_write(void *context, uint64_t gva, const void *data,
-			size_t size)
-{
-	return memory_access(context, gva, (uint8_t *)data, size, true);
-}
-
-static int memory_check(void *context, uint64_t gva, size_t size, bool write)
-{
-	uint64_t last = (gva + size - 1) / PAGE_SIZE, page;
-
-	for (page = gva / PAGE_SIZE; page <= last; page++) {
-		bool writable;
-		uint64_t gpa;
-
-		if (!walk(context, page * PAGE_SIZE, &gpa, &writable) ||
-		    (write && !writable))
-			return -1;
-	}
-
-	return 0;
-}
-
-/* It cannot be got over: the guest is better off without it */
-static void retire(struct session *s, struct breakpoint *bp, const char *why)
-{
-	bool was;
-
-	if (bp->planted && change_byte(s, bp->gpa, INT3, bp->insn.bytes[0],
-				       &was))
-		bp->planted = false;
-	bp->retired = true;
-	problem(s, "breakpoint %s taken out: cannot get over '%s': %s",
-		bp->name, bp->insn.text, why);
-}
-
-static void count_hit(struct session *s, struct breakpoint *bp)
-{
-	uint64_t hits = atomic_fetch_add(&s->watch->hits, 1) + 1;
-
-	bp->hits++;
-	if (s->watch->count && hits == s->watch->count)
-		watch_stop(s->watch);
-}
-
-struct landing {
-	uint64_t gva;
-	uint64_t gpa;
-	uint8_t original;
-	bool planted;
-};
-
-/* The places where the vCPU may come to */
-static bool plant_landings(struct session *s, struct memory_context *context,
-			   struct landing *landings, unsigned int count,
-			   const char **why)
-{
-	struct kvmi_error err;
-	unsigned int i;
-
-	for (i = 0; i < count; i++) {
-		struct landing *to = &landings[i];
-		uint8_t int3 = INT3;
-		enum kvmi_status status;
-
-		*why = "what comes next is not in memory";
-		if (!walk(context, to->gva, &to->gpa, NULL))
-			return false;
-		status = kvmi_vm_read_physical(s->vm, to->gpa, &to->original, 1,
-					       &err);
-		/* an INT3, ours or not, will stop the vCPU as well */
-		if (status == KVMI_OK && to->original == INT3)
-			continue;
-		if (status == KVMI_OK)
-			status = kvmi_vm_write_physical(s->vm, to->gpa, &int3,
-							1, &err);
-		if (status != KVMI_OK) {
-			is_lost(s, status, &err);
-			return false;
-		}
-		to->planted = true;
-	}
-
-	return true;
-}
-
-static void remove_landings(struct session *s, struct landing *landings,
-			    unsigned int count)
-{
-	unsigned int i;
-	bool was;
-
-	for (i = 0; i < count; i++)
-		if (landings[i].planted) {
-			change_byte(s, landings[i].gpa, INT3,
-				    landings[i].original, &was);
-			landings[i].planted = false;
-		}
-}
-
-/*
- * Waits for the vCPU to come to one of the landings.  Another of our
- * breakpoints can come first, in the handler of an NMI.
- */
-static bool wait_landed(struct session *s, unsigned int vcpu,
-			const struct landing *landings, unsigned int count)
-{
-	int64_t deadline = now_ms() + STEP_TIMEOUT_MS;
-	struct vcpu *v = &s->vcpus[vcpu];
-	unsigned int i;
-
-	for (;;) {
-		struct memory_context context;
-		struct insn_memory memory = {
-			memory_read, memory_write, memory_check, &context,
-		};
-		struct breakpoint *bp;
-		struct kvm_regs regs;
-
-		while (!v->open)
-			if (!wait_event(s, deadline))
-				return false;
-		/* the array may have moved */
-		v = &s->vcpus[vcpu];
-		if (v->open->id == KVMI_EV_PAUSE) {
-			/* asked for while it was held by its last hit */
-			answer(s, vcpu, KVMI_ACTION_CONTINUE, NULL);
-			continue;
-		}
-		for (i = 0; i < count; i++)
-			if (landings[i].gva == v->open->state.regs.rip)
-				return true;
-
-		bp = breakpoint_of(s->record, v->open);
-		if (!bp) {
-			s->foreign++;
-			answer(s, vcpu, KVMI_ACTION_CONTINUE, NULL);
-			continue;
-		}
-		count_hit(s, bp);
-		context = (struct memory_context){ s, &v->open->state };
-		regs = v->open->state.regs;
-		if (insn_emulate(s->decoder, &bp->insn, &regs, &memory)) {
-			retire(s, bp, "it was hit while stepping");
-			answer(s, vcpu, KVMI_ACTION_RETRY, NULL);
-		} else {
-			answer(s, vcpu, KVMI_ACTION_RETRY, &regs);
-		}
-	}
-}
-
-/* Lets the vCPU execute what is under the breakpoint, alone and uninterrupted */
-static void step_over(struct session *s, unsigned int vcpu,
-		      struct breakpoint *bp)
-{
-	struct kvmi_vm_event *event = s->vcpus[vcpu].open;
-	struct kvmi_registers state = event->state;
-	struct memory_context context = { s, &state };
-	struct insn_memory memory = {
-		memory_read, memory_write, memory_check, &context,
-	};
-	struct landing landings[2] = { { 0 } };
-	uint64_t flag = state.regs.rflags & RFLAGS_IF, next[2];
-	const char *why = "the other vCPUs cannot be stopped";
-	unsigned int count = 0, i;
-	struct kvm_regs regs;
-	bool was = false;
-
-	if (!hold(s, vcpu))
-		goto failed;
-	/* with the registers as the vCPU should have them */
-	if (insn_next(s->decoder, &bp->insn, &state, &memory, next, &count,
-		      &why))
-		goto failed;
-	for (i = 0; i < count; i++) {
-		why = "it goes to itself";
-		if (next[i] == state.regs.rip)
-			goto failed;
-		landings[i].gva = next[i];
-	}
-
-	if (!plant_landings(s, &context, landings, count, &why))
-		goto failed;
-	why = "its byte cannot be put back";
-	if (!change_byte(s, bp->gpa, INT3, bp->insn.bytes[0], &was))
-		goto failed;
-	if (!was) {
-		/* the guest has rewritten it: whatever is there now is right */
-		bp->planted = false;
-		remove_landings(s, landings, count);
-		answer(s, vcpu, KVMI_ACTION_RETRY, NULL);
-		release(s);
-		return;
-	}
-
-	regs = state.regs;
-	regs.rflags &= ~RFLAGS_IF;
-	answer(s, vcpu, KVMI_ACTION_RETRY, &regs);
-	if (!wait_landed(s, vcpu, landings, count)) {
-		/* Where is it?  Take it from there, without the breakpoint. */
-		struct vcpu *v = &s->vcpus[vcpu];
-		struct kvmi_error err;
-		int64_t deadline = now_ms() + STEP_TIMEOUT_MS;
-
-		if (!v->open && !v->pauses_due && !s->lost &&
-		    kvmi_vm_pause_vcpu(s->vm, vcpu, true, &err) == KVMI_OK)
-			v->pauses_due++;
-		while (!s->vcpus[vcpu].open && wait_event(s, deadline))
-			;
-		remove_landings(s, landings, count);
-		bp->planted = false;
-		event = s->vcpus[vcpu].open;
-		if (event) {
-			uint64_t rip = event->state.regs.rip;
-
-			/*
-			 * RIP cannot be changed at a PAUSE, the flag can.  If
-			 * it is in a handler, its flag is right as it is.
-			 */
-			for (i = 0; i < count; i++)
-				if (rip == landings[i].gva)
-					break;
-			if (i < count || rip == state.regs.rip) {
-				event->state.regs.rflags |= flag;
-				s->vcpus[vcpu].fix_registers = true;
-			}
-			answer(s, vcpu, event->id == KVMI_EV_BREAKPOINT ?
-			       KVMI_ACTION_RETRY : KVMI_ACTION_CONTINUE, NULL);
-		}
-		release(s);
-		retire(s, bp, "the vCPU did not come to the next instruction");
-		return;
-	}
-
-	remove_landings(s, landings, count);
-	if (!bp->retired) {
-		change_byte(s, bp->gpa, bp->insn.bytes[0], INT3, &was);
-		bp->planted = was;
-	}
-	event = s->vcpus[vcpu].open;
-	event->state.regs.rflags |= flag;
-	s->vcpus[vcpu].fix_registers = true;
-	/*
-	 * If it has come to another breakpoint (or an INT3 of the guest), that
-	 * is a hit like any other; the event stays open.
-	 */
-	for (i = 0; i < count; i++)
-		if (landings[i].gva == event->state.regs.rip &&
-		    landings[i].original != INT3)
-			answer(s, vcpu, KVMI_ACTION_RETRY, NULL);
-	release(s);
-	return;
-
-failed:
-	remove_landings(s, landings, count);
-	retire(s, bp, why);
-	answer(s, vcpu, KVMI_ACTION_RETRY, NULL);
-	release(s);
-}
-
-static void handle_hit(struct session *s, unsigned int vcpu)
-{
-	struct kvmi_vm_event *event = s->vcpus[vcpu].open;
-	struct breakpoint *bp = breakpoint_of(s->record, event);
-	struct kvmi_registers state = event->state;
-	struct memory_context context = { s, &state };
-	struct insn_memory memory = {
-		memory_read, memory_write, memory_check, &context,
-	};
-	struct kvm_regs regs = state.regs;
-	int64_t ts = now_us();
-
-	if (!bp || state.mode != 8) {
-		s->foreign++;
-		answer(s, vcpu, KVMI_ACTION_CONTINUE, NULL);
-		return;
-	}
-	if (!bp->planted) {
-		/* it was on its way when the byte was put back */
-		answer(s, vcpu, KVMI_ACTION_RETRY, NULL);
-		return;
-	}
-
-	count_hit(s, bp);
-	if (bp->insn.kind == INSN_EMULATE &&
-	    !insn_emulate(s->decoder, &bp->insn, &regs, &memory))
-		answer(s, vcpu, KVMI_ACTION_RETRY, &regs);
-	else
-		step_over(s, vcpu, bp);
-	show_hit(s, bp, ts, vcpu, &state);
-}
-
-static void handle_hits(struct session *s)
-{
-	unsigned int i;
-
-	for (i = 0; i < s->vcpu_count && !s->lost; i++)
-		if (s->vcpus[i].open && s->vcpus[i].open->id == KVMI_EV_BREAKPOINT)
-			handle_hit(s, i);
-}
-
-/*
- * Looks at the code at each breakpoint of list, which is sorted.  Keeps those
- * that can be planted; returns how many.
- */
-static size_t prepare_all(struct session *s, struct breakpoint **list,
-			  size_t count)
-{
-	struct kvmi_memory_op ops[CHUNK];
-	struct span spans[CHUNK];
-	uint8_t *buffer = malloc(CHUNK * PAGE_SIZE);
-	size_t from = 0, kept = 0, i, j;
-	enum kvmi_status status;
-	struct kvmi_error err;
-
-	if (!buffer) {
-		problem(s, "out of memory");
-		return 0;
-	}
-	while (from < count && !is_stopping(s)) {
-		size_t used = make_spans(list, from, count, false, spans, CHUNK);
-
-		from = spans[used - 1].first + spans[used - 1].count;
-		for (i = 0; i < used; i++) {
-			uint64_t in_page = PAGE_SIZE - spans[i].gpa % PAGE_SIZE;
-			uint32_t size = spans[i].size + INSN_MAX - 1;
-
-			ops[i] = (struct kvmi_memory_op){
-				.gpa = spans[i].gpa,
-				.data = buffer + i * PAGE_SIZE,
-				.size = size < in_page ? size : in_page,
-			};
-		}
-		status = kvmi_vm_read_many(s->vm, ops, used, &err);
-		if (status != KVMI_OK)
-			is_lost(s, status, &err);
-		take_events(s);
-
-		for (i = 0; i < used && !s->lost; i++)
-			for (j = 0; j < spans[i].count; j++) {
-				struct breakpoint *bp = list[spans[i].first + j];
-				size_t at = bp->gpa - spans[i].gpa;
-				size_t size = ops[i].size - at;
-				char why[200] = "it cannot be read";
-				uint8_t bytes[INSN_MAX];
-				bool good = ops[i].status == KVMI_OK;
-
-				if (size > INSN_MAX)
-					size = INSN_MAX;
-				memcpy(bytes, (uint8_t *)ops[i].data + at, size);
-				good = good && prepare(s, bp, bytes, size, why,
-						       sizeof(why));
-				if (!good && !bp->complained)
-					problem(s, "no breakpoint at %s: %s",
-						bp->name, why);
-				bp->complained = !good;
-				/* never more than have been looked at */
-				if (good)
-					list[kept++] = bp;
-			}
-	}
-	free(buffer);
-
-	return kept;
-}
-
-/* All breakpoints into the guest */
-static void plant(struct session *s)
+/* Where they are; all that can be found are in the set then */
+static void resolve(struct session *s)
 {
 	struct vm_record *record = s->record;
 	struct guest *guest = &record->guest;
-	struct breakpoint **list = record->planted;
-	size_t specs = s->watch->spec_count, count = 0, left, in = 0, i;
-	int64_t start = now_us();
+	size_t specs = s->watch->spec_count, i;
 	enum kvmi_status status;
 	struct kvmi_error err;
 	char why[400];
-	struct line line;
-	bool held;
-
-	s->planted = true;
-	s->summary_ts = now_us();
 
 	if (record->breakpoint_count > specs &&
 	    !record->breakpoints[specs].gva)
 		spread(s, &record->breakpoints[specs],
 		       record->breakpoint_count - specs);
 
-	/* where they are */
 	for (i = 0; i < record->breakpoint_count && !s->lost; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];
+		struct kvmi_hook *hook;
 		uint64_t gpa;
 		bool good;
 
@@ -1237,58 +404,71 @@ static void plant(struct session *s)
 			bp->complained = true;
 			continue;
 		}
-		if (bp->gpa != gpa)
-			bp->leftover = false;
-		bp->gpa = gpa;
-		list[count++] = bp;
-	}
-
-	qsort(list, count, sizeof(*list), by_gpa);
-	count = prepare_all(s, list, count);
-	/* the same place twice */
-	record->planted_count = 0;
-	for (i = 0; i < count; i++) {
-		if (i && list[i]->gpa == list[i - 1]->gpa) {
-			problem(s, "%s and %s are the same place",
-				list[i - 1]->name, list[i]->name);
-			list[i]->retired = true;
+		if (bp->hook && kvmi_hook_gpa(bp->hook) == gpa)
 			continue;
-		}
-		list[record->planted_count++] = list[i];
-	}
+		if (bp->hook)
+			kvmi_hooks_remove(s->hooks, bp->hook, NULL);
+		bp->hook = NULL;
+		status = kvmi_hooks_add(s->hooks, bp->gva, gpa, bp, &hook, &err);
+		if (status == KVMI_OK) {
+			bp->hook = hook;
+		} else if (status == KVMI_ERR_BUSY) {
+			struct breakpoint *other = kvmi_hook_cookie(hook);
 
-	/*
-	 * Not too many in one go: the guest stands still meanwhile, and may
-	 * have to be left at any time.
-	 */
-	for (i = 0; i < record->planted_count && !is_stopping(s); i += SLICE) {
-		left = record->planted_count - i;
-		hold(s, -1);
-		held = wait_all_stopped(s);
-		if (!s->lost)
-			exchange(s, list + i, left < SLICE ? left : SLICE,
-				 false, held);
-		release(s);
-		handle_hits(s);
-		take_events(s);
+			problem(s, "%s and %s are the same place", other->name,
+				bp->name);
+			bp->retired = true;
+		} else {
+			problem(s, "%s: %s", bp->name, err.message);
+		}
 	}
-	for (i = 0; i < record->planted_count; i++)
-		in += list[i]->planted;
+}
+
+/* All breakpoints into the guest */
+static void plant(struct session *s)
+{
+	struct vm_record *record = s->record;
+	struct kvmi_hooks_result result;
+	struct kvmi_paging paging = {
+		.cr3 = record->guest.cr3,
+		.levels = record->guest.five_levels ? 5 : 4,
+	};
+	int64_t start = now_us();
+	enum kvmi_status status;
+	struct kvmi_error err;
+	struct line line;
+	size_t i;
+
+	s->planted = true;
+	s->summary_ts = now_us();
+	resolve(s);
+	kvmi_hooks_set_paging(s->hooks, &paging);
+	if (!is_stopping(s)) {
+		status = kvmi_hooks_plant(s->hooks, &result, &err);
+		if (status != KVMI_OK && !is_lost(s, status, &err))
+			problem(s, "%s", err.message);
+	}
 	s->summary_ts = now_us();
 	if (is_stopping(s))
 		return;
-	if (in < record->planted_count)
+	for (i = 0; i < record->breakpoint_count; i++) {
+		struct breakpoint *bp = &record->breakpoints[i];
+
+		if (bp->hook && kvmi_hook_is_in(bp->hook))
+			bp->complained = false;
+	}
+	if (result.in < result.wanted)
 		problem(s, "%zu breakpoints could not be planted: the guest was changing its code",
-			record->planted_count - in);
+			result.wanted - result.in);
 
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "planted");
-		json_number(&line, "breakpoints", in);
+		json_number(&line, "breakpoints", result.in);
 		json_number(&line, "duration_us", now_us() - start);
 		json_end(&line, false);
 	} else {
 		human(now_us(), false, "%s: %zu breakpoint%s planted in %.1f ms",
-		      record->label, in, in == 1 ? "" : "s",
+		      record->label, result.in, result.in == 1 ? "" : "s",
 		      (now_us() - start) / 1e3);
 	}
 }
@@ -1297,150 +477,101 @@ static void plant(struct session *s)
  * The end
  */
 
+static void tell_out(struct session *s, int64_t ts, size_t count)
+{
+	struct vm_record *record = s->record;
+	struct line line;
+	size_t i;
+
+	if (count > FEW) {
+		start_line(s, &line, ts, "breakpoint-out");
+		json_number(&line, "count", count);
+		json_end(&line, false);
+		return;
+	}
+	for (i = 0; i < record->breakpoint_count; i++) {
+		const struct breakpoint *bp = &record->breakpoints[i];
+
+		if (!bp->hook || !bp->was_in)
+			continue;
+		start_line(s, &line, ts, "breakpoint-out");
+		json_string(&line, "symbol", bp->name);
+		json_hex(&line, "address", bp->gva);
+		json_hex(&line, "original", kvmi_hook_original(bp->hook));
+		json_end(&line, false);
+	}
+}
+
 /* All breakpoints out, all vCPUs on their way */
 static void clean(struct session *s, const char *reason)
 {
 	struct vm_record *record = s->record;
-	int64_t start = s->unhook ? s->unhook_ts : now_us(), deadline, ts;
-	size_t i, left = 0, count = 0;
+	int64_t start = s->unhook_ts ? s->unhook_ts : now_us(), ts;
+	struct kvmi_hooks_result result;
+	enum kvmi_status status;
+	struct kvmi_error err;
 	struct line line;
-	bool held, verified;
+	size_t i;
 
 	if (s->watch->json) {
 		start_line(s, &line, start, "notified");
 		json_string(&line, "reason", reason);
 		json_end(&line, false);
 	} else {
-		human(start, false, "%s: %s", record->label, s->unhook ?
+		human(start, false, "%s: %s", record->label, s->unhook_ts ?
 		      "the VM is going to be paused" : "ending");
 	}
 
-	hold(s, -1);
-	held = wait_all_stopped(s);
-	if (!held && !s->lost)
-		problem(s, "not all vCPUs stopped within %d ms",
-			STOP_TIMEOUT_MS);
+	for (i = 0; i < record->breakpoint_count; i++) {
+		struct breakpoint *bp = &record->breakpoints[i];
 
-	/* hits that were not handled yet are hits nevertheless */
-	for (i = 0; i < s->vcpu_count; i++) {
-		struct kvmi_vm_event *event = s->vcpus[i].open;
-		struct breakpoint *bp;
-
-		if (!event || event->id != KVMI_EV_BREAKPOINT)
-			continue;
-		bp = breakpoint_of(record, event);
-		if (bp && bp->planted) {
-			count_hit(s, bp);
-			show_hit(s, bp, now_us(), i, &event->state);
-		}
+		bp->was_in = bp->hook && kvmi_hook_is_in(bp->hook);
 	}
-
-	for (i = 0; i < record->planted_count; i++)
-		count += record->planted[i]->planted;
-	exchange(s, record->planted, record->planted_count, true, held);
-	for (i = 0; i < record->planted_count; i++)
-		left += record->planted[i]->planted;
-	verified = !s->unhook || now_us() - start < VERIFY_UNTIL_MS * 1000;
-	if (verified && !left && record->planted_count && !s->lost)
-		left = count_left(s, held);
+	status = kvmi_hooks_take_out(s->hooks, &result, &err);
 	ts = now_us();
-
-	for (i = 0; i < s->vcpu_count; i++) {
-		struct kvmi_vm_event *event = s->vcpus[i].open;
-
-		if (!event)
-			continue;
-		answer(s, i, event->id != KVMI_EV_BREAKPOINT ||
-		       !breakpoint_of(record, event) ? KVMI_ACTION_CONTINUE :
-						       KVMI_ACTION_RETRY, NULL);
-	}
-	/* the proof that no hit is on its way any more */
-	s->holding = false;
-	deadline = now_ms() + STOP_TIMEOUT_MS;
-	do {
-		take_events(s);
-		for (i = 0; i < s->vcpu_count; i++) {
-			struct kvmi_vm_event *event = s->vcpus[i].open;
-
-			if (event)
-				answer(s, i, breakpoint_of(record, event) ?
-				       KVMI_ACTION_RETRY : KVMI_ACTION_CONTINUE,
-				       NULL);
-		}
-		for (i = 0; i < s->vcpu_count; i++)
-			if (s->vcpus[i].pauses_due)
-				break;
-	} while (i < s->vcpu_count && wait_event(s, deadline));
-
-	if (s->watch->json) {
-		for (i = 0; i < record->planted_count && count <= FEW; i++) {
-			const struct breakpoint *bp = record->planted[i];
-
-			start_line(s, &line, ts, "breakpoint-out");
-			json_string(&line, "symbol", bp->name);
-			json_hex(&line, "address", bp->gva);
-			json_hex(&line, "original", bp->insn.bytes[0]);
-			json_end(&line, false);
-		}
-		if (count > FEW) {
-			start_line(s, &line, ts, "breakpoint-out");
-			json_number(&line, "count", count);
-			json_end(&line, false);
-		}
-	}
-	if (left || s->lost) {
-		if (!s->lost)
-			problem(s, "%zu breakpoints are still in the guest",
-				left);
+	if (s->watch->json)
+		tell_out(s, ts, result.in);
+	if (status != KVMI_OK) {
+		if (!is_lost(s, status, &err))
+			problem(s, "%s", err.message);
 		return;
 	}
 	if (s->watch->json) {
 		start_line(s, &line, ts, "clean");
-		json_number(&line, "breakpoints", count);
-		json_bool(&line, "verified", verified);
-		json_bool(&line, "held", held);
+		json_number(&line, "breakpoints", result.in);
+		json_bool(&line, "verified", result.verified);
+		json_bool(&line, "held", result.held);
 		json_number(&line, "duration_us", ts - start);
 		json_end(&line, false);
 	} else {
 		human(ts, false, "%s: clean: %zu breakpoint%s out%s in %.1f ms",
-		      record->label, count, count == 1 ? "" : "s",
-		      verified ? " and verified" : "", (ts - start) / 1e3);
+		      record->label, result.in, result.in == 1 ? "" : "s",
+		      result.verified ? " and verified" : "",
+		      (ts - start) / 1e3);
 	}
 }
 
 static void finish(struct session *s)
 {
 	struct vm_record *record = s->record;
-	const char *reason = s->unhook ? "unhook" : "stop";
+	const char *reason = s->unhook_ts ? "unhook" : "stop";
 	uint64_t hits = 0;
 	struct line line;
-	unsigned int vcpu;
-	size_t i, left = 0;
+	size_t i, left;
 
-	if (!s->lost)
+	if (!is_lost(s, KVMI_OK, NULL))
 		clean(s, reason);
-	for (i = 0; i < record->planted_count; i++) {
-		struct breakpoint *bp = record->planted[i];
-
-		/* the INT3 may be there when the VM comes back */
-		if (bp->planted) {
-			bp->planted = false;
-			bp->leftover = true;
-			left++;
-		}
-	}
+	left = kvmi_hooks_detach(s->hooks);
 	for (i = 0; i < record->breakpoint_count; i++)
 		hits += record->breakpoints[i].hits;
 	show_summary(s, true);
 
-	for (vcpu = 0; vcpu < s->vcpu_count; vcpu++)
-		kvmi_vm_event_free(s->vcpus[vcpu].open);
 	if (s->lost) {
 		/*
 		 * Without a notice the VM was reset or has ended, most likely;
 		 * else we were too slow.
 		 */
-		if (left && s->unhook)
+		if (left && s->unhook_ts)
 			problem(s, "the connection was cut with %zu breakpoints still in the guest",
 				left);
 		reason = "lost";
@@ -1469,55 +600,15 @@ static void finish(struct session *s)
  * The start
  */
 
-static bool is_interrupted(void *context)
+/* vCPUs that are there, and have started, since the last time */
+static void look_for_vcpus(struct session *s)
 {
-	struct session *s = context;
-
-	take_events(s);
-
-	return is_stopping(s);
-}
-
-/* The breakpoint event on, for all vCPUs that are there and have started */
-static void enable_vcpus(struct session *s)
-{
-	struct kvmi_error err;
 	enum kvmi_status status;
-	unsigned int count, i;
+	struct kvmi_error err;
 
-	status = kvmi_vm_get_vcpu_count(s->vm, &count, &err);
-	if (status != KVMI_OK) {
-		if (!is_lost(s, status, &err))
-			problem(s, "%s", err.message);
-		return;
-	}
-	if (!more_vcpus(s, count)) {
-		problem(s, "out of memory");
-		return;
-	}
-	for (i = 0; i < count && !s->lost; i++) {
-		if (s->vcpus[i].enabled)
-			continue;
-		status = kvmi_vcpu_control_events(s->vm, i, KVMI_EV_BREAKPOINT,
-						  true, &err);
-		take_events(s);
-		if (status == KVMI_OK)
-			s->vcpus[i].enabled = true;
-		else if (status != KVMI_ERR_NOT_STARTED &&
-			 !is_lost(s, status, &err))
-			problem(s, "vCPU %u: %s", i, err.message);
-	}
-}
-
-static bool any_enabled(const struct session *s)
-{
-	unsigned int i;
-
-	for (i = 0; i < s->vcpu_count; i++)
-		if (s->vcpus[i].enabled)
-			return true;
-
-	return false;
+	status = kvmi_hooks_look_for_vcpus(s->hooks, &err);
+	if (status != KVMI_OK && !is_lost(s, status, &err))
+		problem(s, "%s", err.message);
 }
 
 /* Looks for the kernel; plants when it is there.  When to try again, in ms. */
@@ -1533,7 +624,7 @@ static int try_to_plant(struct session *s)
 	guest->context = s;
 	result = guest_find_kernel(guest, s->vm, s->watch->map, text,
 				   sizeof(text), &err);
-	take_events(s);
+	kvmi_hooks_dispatch(s->hooks);
 	if (result == GUEST_FAILED) {
 		if (!is_lost(s, err.status, &err))
 			problem(s, "%s", err.message);
@@ -1555,22 +646,23 @@ static int try_to_plant(struct session *s)
 						 KERNEL_POLL_MS;
 	}
 
-	enable_vcpus(s);
+	look_for_vcpus(s);
 	if (s->lost)
 		return KERNEL_POLL_MS;
-	if (!any_enabled(s))
+	if (!kvmi_hooks_vcpus(s->hooks))
 		return KERNEL_RETRY_MS;
 
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "ready");
 		json_string(&line, "kernel", guest->banner);
 		json_hex(&line, "offset", guest->kaslr);
-		json_number(&line, "vcpus", s->vcpu_count);
+		json_number(&line, "vcpus", kvmi_hooks_vcpus(s->hooks));
 		json_end(&line, false);
 	} else {
 		human(now_us(), false, "%s: %.100s, moved by 0x%" PRIx64 ", %u vCPU%s",
 		      s->record->label, guest->banner, (uint64_t)guest->kaslr,
-		      s->vcpu_count, s->vcpu_count == 1 ? "" : "s");
+		      kvmi_hooks_vcpus(s->hooks),
+		      kvmi_hooks_vcpus(s->hooks) == 1 ? "" : "s");
 	}
 	plant(s);
 
@@ -1588,10 +680,14 @@ static void check_start_time(struct vm_record *record,
 	record->start_time = hello->start_time;
 	guest_forget(&record->guest);
 	for (i = 0; i < record->breakpoint_count; i++) {
-		record->breakpoints[i].leftover = false;
-		record->breakpoints[i].retired = false;
-		record->breakpoints[i].complained = false;
-		record->breakpoints[i].gva = 0;
+		struct breakpoint *bp = &record->breakpoints[i];
+
+		if (bp->hook)
+			kvmi_hooks_remove(record->hooks, bp->hook, NULL);
+		bp->hook = NULL;
+		bp->retired = false;
+		bp->complained = false;
+		bp->gva = 0;
 	}
 }
 
@@ -1658,8 +754,9 @@ static bool begin(struct session *s)
 			hello->name);
 		return false;
 	}
+	s->record->session = s;
+	s->hooks = s->record->hooks;
 	check_start_time(s->record, hello);
-	s->record->planted_count = 0;
 
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "connected");
@@ -1670,10 +767,11 @@ static bool begin(struct session *s)
 		human(now_us(), false, "%s: connected", s->record->label);
 	}
 
-	status = kvmi_vm_control_events(s->vm, KVMI_EV_UNHOOK, true, &err);
+	status = kvmi_hooks_attach(s->hooks, s->vm, &err);
 	if (status != KVMI_OK && !is_lost(s, status, &err)) {
-		problem(s, "without the UNHOOK event nothing is safe: %s",
+		problem(s, "without its events nothing is safe: %s",
 			err.message);
+		kvmi_hooks_detach(s->hooks);
 		record_release(s->watch, s->record);
 		return false;
 	}
@@ -1686,29 +784,14 @@ static bool begin(struct session *s)
 	return true;
 }
 
-static bool has_hits(const struct session *s)
-{
-	unsigned int i;
-
-	for (i = 0; i < s->vcpu_count; i++)
-		if (s->vcpus[i].open && s->vcpus[i].open->id == KVMI_EV_BREAKPOINT)
-			return !s->lost;
-
-	return false;
-}
-
 void session_run(struct watch *watch, struct kvmi_vm *vm)
 {
 	struct session s = { .watch = watch, .vm = vm };
 	bool wants_to_plant = wants_breakpoints(watch);
 	int64_t next_try = 0, next_look = 0, now;
 
-	s.decoder = insn_decoder_new();
-	if (!s.decoder)
-		problem(&s, "out of memory");
-	if (!s.decoder || !begin(&s)) {
+	if (!begin(&s)) {
 		kvmi_vm_close(vm);
-		insn_decoder_free(s.decoder);
 		return;
 	}
 
@@ -1720,16 +803,13 @@ void session_run(struct watch *watch, struct kvmi_vm *vm)
 		enum kvmi_status status;
 		struct kvmi_error err;
 		int timeout;
+		bool more;
 
-		take_events(&s);
+		more = kvmi_hooks_dispatch(s.hooks);
 		if (is_stopping(&s))
 			break;
-		handle_hits(&s);
-		/* handling may have queued more: don't sleep on them */
-		take_events(&s);
-		if (is_stopping(&s))
-			break;
-		if (has_hits(&s))
+		/* don't sleep on hits that came meanwhile */
+		if (more)
 			continue;
 
 		now = now_ms();
@@ -1739,8 +819,7 @@ void session_run(struct watch *watch, struct kvmi_vm *vm)
 			continue;
 		}
 		if (s.planted && now >= next_look) {
-			/* vCPUs that were not there at first */
-			enable_vcpus(&s);
+			look_for_vcpus(&s);
 			show_summary(&s, false);
 			next_look = now_ms() + SUMMARY_US / 1000;
 			continue;
@@ -1753,14 +832,13 @@ void session_run(struct watch *watch, struct kvmi_vm *vm)
 		    errno != EINTR)
 			break;
 		status = kvmi_vm_process(vm, &err);
-		if (status != KVMI_OK)
+		if (status != KVMI_OK) {
+			/* events that came before the end of the connection */
+			kvmi_hooks_dispatch(s.hooks);
 			is_lost(&s, status, &err);
+		}
 	}
 
-	/* events that came before the end of the connection */
-	take_events(&s);
 	finish(&s);
 	record_release(watch, s.record);
-	insn_decoder_free(s.decoder);
-	free(s.vcpus);
 }

@@ -93,10 +93,8 @@ static struct vm_record *record_new(struct watch *watch,
 	if (!record)
 		return NULL;
 	record->breakpoints = calloc(count + 1, sizeof(struct breakpoint));
-	record->planted = calloc(count + 1, sizeof(struct breakpoint *));
-	if (!record->breakpoints || !record->planted) {
+	if (!record->breakpoints || !session_make_hooks(record)) {
 		free(record->breakpoints);
-		free(record->planted);
 		free(record);
 		return NULL;
 	}
@@ -122,8 +120,8 @@ static struct vm_record *record_new(struct watch *watch,
 static void record_free(struct vm_record *record)
 {
 	guest_forget(&record->guest);
+	kvmi_hooks_free(record->hooks);
 	free(record->breakpoints);
-	free(record->planted);
 	free(record);
 }
 

@@ -8,10 +8,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <kvmi/hooks.h>
 #include <kvmi/kvmi.h>
 
 #include "guest.h"
-#include "insn.h"
 #include "symbols.h"
 
 /*
@@ -45,14 +45,10 @@ struct breakpoint {
 	const char *spec;
 	char name[80];		/* for output */
 	uint64_t gva;
-	uint64_t gpa;
-	struct insn insn;	/* what was (and will be) there */
-	bool planted;
-	bool changing;		/* its byte is being written */
-	bool leftover;		/* connection lost while planted: the INT3 may
-				   still be there */
-	bool retired;		/* taken out for good in this guest */
+	struct kvmi_hook *hook;	/* NULL: its place is not known */
+	bool retired;		/* not for this guest */
 	bool complained;
+	bool was_in;
 	uint64_t hits;
 	uint64_t reported;	/* hits as of the last summary */
 	unsigned int shown;
@@ -69,9 +65,12 @@ struct vm_record {
 	struct guest guest;
 	struct breakpoint *breakpoints;
 	size_t breakpoint_count;
-	struct breakpoint **planted;	/* by gpa */
-	size_t planted_count;
+	struct kvmi_hooks *hooks;
+	struct session *session;	/* while active */
 };
+
+/* Makes record->hooks */
+bool session_make_hooks(struct vm_record *record);
 
 /* Talks to one VM until the connection ends; takes over vm */
 void session_run(struct watch *watch, struct kvmi_vm *vm);

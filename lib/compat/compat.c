@@ -118,8 +118,8 @@ int result(struct dom *dom, enum kvmi_status status,
 	if (status == KVMI_ERR_CLOSED || status == KVMI_ERR_PROTOCOL ||
 	    status == KVMI_ERR_SYSTEM || status == KVMI_ERR_TIMEOUT)
 		atomic_store(&dom->disconnected, true);
-	/* holes in the memory are found by trying */
-	if (status != KVMI_ERR_NOT_FOUND)
+	/* holes in the memory are found by trying; the end has been told of */
+	if (status != KVMI_ERR_NOT_FOUND && !atomic_load(&dom->leaving))
 		complain(KVMI_LOG_LEVEL_WARNING, "%s", err->message);
 
 	return fails(errno_of(status, err));

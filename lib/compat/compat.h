@@ -14,12 +14,23 @@
 #define TIMEOUT_MS 15000
 #define INT3 0xcc
 
+/* Pages that one instruction has to do with */
+#define PASSED_MAX 6
+
 struct vcpu {
 	bool is_open;			/* waits for an answer to... */
 	struct kvmi_vm_event open;	/* ...this; id, seq, vcpu and data */
 	unsigned int pauses_due;	/* PAUSE events that will come */
 	bool breakpoints;		/* the tool has enabled these events */
 	bool traps;
+	bool stepping;
+
+	/*
+	 * It makes one step to get over an access that KVM cannot do in the
+	 * guest's place; afterwards these pages have their rights again.
+	 */
+	unsigned int passing;
+	struct kvmi_page_access passed[PASSED_MAX];
 };
 
 /* An INT3 of the tool's, and what was there before */
@@ -47,7 +58,7 @@ struct dom {
 	size_t vcpu_count;
 	bool wants_unhook;		/* the tool sees UNHOOK by itself */
 	bool unhook;			/* it came */
-	bool leaving;			/* no more events for the tool */
+	atomic_bool leaving;		/* no more events for the tool */
 	uint32_t unhook_seq;
 };
 

@@ -226,6 +226,55 @@ static void queue(struct dom *dom, const struct kvmi_vm_event *event)
 	dom->queued++;
 }
 
+/*
+ * KVM would take the restriction off the page for good, which tools of that
+ * time don't expect: let the vCPU make one step, then put it back.  Other
+ * vCPUs can use the page meanwhile.
+ */
+static void begin_passing(struct dom *dom, struct vcpu *v)
+{
+	struct kvmi_page_access *page;
+	enum kvmi_status status;
+	struct kvmi_error err;
+	unsigned int i;
+
+	for (i = 0; i < v->passing; i++)
+		if (v->passed[i].gpa / 4096 == v->open.pf.gpa / 4096)
+			return;
+	page = &v->passed[v->passing];
+	page->gpa = v->open.pf.gpa;
+	status = v->passing == PASSED_MAX ? KVMI_ERR_LIMIT :
+		 kvmi_vm_get_page_access(dom->vm, page->gpa, &page->access,
+					 &err);
+	if (status == KVMI_OK && !v->passing && !v->stepping)
+		status = kvmi_vcpu_control_singlestep(dom->vm, v->open.vcpu,
+						      true, &err);
+	if (status == KVMI_OK)
+		v->passing++;
+	else
+		complain(KVMI_LOG_LEVEL_WARNING,
+			 "the page at 0x%llx is not restricted any more: KVM cannot emulate an access, nor step over it (%s)",
+			 (unsigned long long)page->gpa,
+			 kvmi_status_name(status));
+}
+
+/* true: the step is not the tool's */
+static bool end_passing(struct dom *dom, struct vcpu *v, unsigned int vcpu)
+{
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	status = kvmi_vm_set_page_access(dom->vm, v->passed, v->passing, &err);
+	v->passing = 0;
+	if (status == KVMI_OK && !v->stepping)
+		status = kvmi_vcpu_control_singlestep(dom->vm, vcpu, false,
+						      &err);
+	if (status != KVMI_OK)
+		complain(KVMI_LOG_LEVEL_WARNING, "%s", err.message);
+
+	return !v->stepping;
+}
+
 /* With the lock */
 static void take(struct dom *dom, struct kvmi_vm_event *event)
 {
@@ -248,6 +297,12 @@ static void take(struct dom *dom, struct kvmi_vm_event *event)
 	 */
 	if (!v || older_id(event->id) < 0 ||
 	    (event->id == KVMI_EV_TRAP && !v->traps)) {
+		kvmi_vm_reply(dom->vm, event, KVMI_ACTION_CONTINUE, NULL);
+		kvmi_vm_event_free(event);
+		return;
+	}
+	if (event->id == KVMI_EV_SINGLESTEP && v->passing &&
+	    end_passing(dom, v, event->vcpu)) {
 		kvmi_vm_reply(dom->vm, event, KVMI_ACTION_CONTINUE, NULL);
 		kvmi_vm_event_free(event);
 		return;
@@ -392,6 +447,10 @@ static int reply(struct dom *dom, unsigned int seq, const void *data,
 	if (!v->is_open || v->open.seq != seq)
 		return fails(atomic_load(&dom->disconnected) ? ENOTCONN :
 							       ENOENT);
+
+	if (v->open.id == KVMI_EV_PF && v->open.pf.not_emulated &&
+	    answer.reply.action == KVMI_EVENT_ACTION_CONTINUE)
+		begin_passing(dom, v);
 
 	if ((v->open.id == KVMI_EV_CR || v->open.id == KVMI_EV_MSR) &&
 	    data_size >= sizeof(answer))
@@ -549,9 +608,12 @@ void dom_leave(struct dom *dom)
 	dom->left = true;
 
 	pthread_mutex_lock(&dom->lock);
-	dom->leaving = true;
+	atomic_store(&dom->leaving, true);
 	drop_events(dom);
 	pthread_mutex_unlock(&dom->lock);
+	complain(KVMI_LOG_LEVEL_WARNING,
+		 "%s: the VM is about to be paused, saved or moved: taking %zu breakpoints out and closing the connection",
+		 kvmi_vm_get_hello(dom->vm)->name, dom->planted_count);
 
 	/*
 	 * With breakpoints in the guest, a hit may be on its way until all

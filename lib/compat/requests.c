@@ -192,11 +192,22 @@ int kvmi_control_msr(void *context, unsigned short vcpu, unsigned int msr,
 
 int kvmi_control_singlestep(void *context, unsigned short vcpu, bool enable)
 {
+	enum kvmi_status status = KVMI_OK;
 	struct dom *dom = context;
 	struct kvmi_error err;
+	struct vcpu *v;
 
-	return done(dom, kvmi_vcpu_control_singlestep(dom->vm, vcpu, enable,
-						      &err), &err);
+	pthread_mutex_lock(&dom->lock);
+	v = dom_vcpu(dom, vcpu);
+	/* a step that the library makes is to be finished */
+	if (!v || !v->passing)
+		status = kvmi_vcpu_control_singlestep(dom->vm, vcpu, enable,
+						      &err);
+	if (v && status == KVMI_OK)
+		v->stepping = enable;
+	pthread_mutex_unlock(&dom->lock);
+
+	return done(dom, status, &err);
 }
 
 int kvmi_translate_gva(void *context, unsigned short vcpu, __u64 gva,

@@ -22,6 +22,7 @@
 struct guest {
     int kvm, vm, vcpu;
     struct kvm_run *run;
+    uint8_t *memory;        /* at GUEST_CODE */
 };
 
 static inline void guest_create(struct guest *g, const void *code, size_t size)
@@ -49,6 +50,7 @@ static inline void guest_create(struct guest *g, const void *code, size_t size)
         err(1, "mmap");
     }
     memcpy(mem, code, size);
+    g->memory = mem;
     region.userspace_addr = (uintptr_t)mem;
     if (ioctl(g->vm, KVM_SET_USER_MEMORY_REGION, &region)) {
         err(1, "KVM_SET_USER_MEMORY_REGION");

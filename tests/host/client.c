@@ -463,7 +463,7 @@ static void test_pages(void *dom)
 
 	control(dom, KVMI_EVENT_PF, true);
 	ok(kvmi_set_page_access(dom, &page, &access, 1, 0));
-	while (faults < 100) {
+	while (faults < 40) {
 		struct kvmi_dom_event *event = next(dom, 5);
 
 		check(event && now() < end);

@@ -347,7 +347,9 @@ def guest_image():
         busy = image.with_name("busy")
         subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s", "-o", busy, source], check=True, timeout=60)
         new = image.with_name("guest.cpio.new")
-        new.write_bytes(cpio(BASE + [file_entry("init", busy)]))
+        # one module, for who lists modules
+        evdev = file_entry("modules/evdev.ko", need(BUILD / "linux/stock/evdev.ko", "build first"))
+        new.write_bytes(cpio(BASE + [file_entry("init", busy), evdev]))
         new.rename(image)
     return image
 
@@ -356,7 +358,7 @@ def libvirt_guest_image():
     """The same with the modules for a power button, which libvirt's guest has."""
     plain, image = guest_image(), BUILD / "host/libvirt-guest.cpio"
     if newer(plain, image):
-        modules = [need(BUILD / f"linux/stock/{m}.ko", "build first") for m in ("button", "evdev", "virtio_blk")]
+        modules = [need(BUILD / f"linux/stock/{m}.ko", "build first") for m in ("button", "virtio_blk")]
         new = image.with_name("libvirt-guest.cpio.new")
         new.write_bytes(plain.read_bytes() + cpio([file_entry(f"modules/{m.name}", m) for m in modules]))
         new.rename(image)

@@ -265,6 +265,13 @@ class Guest:
         except (AssertionError, OSError, QMPError):
             return False
 
+    def ask(self, command, answer):
+        """tell(), and wait for the answer; returns what it said from then on."""
+        said = len(self.output())
+        self.tell(command)
+        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 100, f"the guest to say '{answer}'")
+        return self.output()[said:]
+
     def text(self):
         """Where the kernel's code lies: (physical start, end, virtual start), as the guest's kernel says."""
         out = self.output()
@@ -318,15 +325,13 @@ def symbols():
     return found
 
 
-class Watch:
-    """`kvmi watch --json` and what it said so far."""
+class Tool:
+    """A command of the tool that stays, `kvmi COMMAND --json`, and what it said so far."""
 
-    def __init__(self, *breaks, system_map=True, options=()):
-        argv = [str(BUILD / "tools/kvmi"), "watch", "--socket", str(SOCKET), "--json", *options]
+    def __init__(self, command, *options, system_map=True):
+        argv = [str(BUILD / "tools/kvmi"), command, "--socket", str(SOCKET), "--json", *options]
         if system_map:
             argv += ["--system-map", str(BUILD / "linux/System.map")]
-        for b in breaks:
-            argv += ["--break", b]
         env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
         self.errors = open("/run/watch.stderr", "w+")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors, env=env)
@@ -379,6 +384,27 @@ class Watch:
         while not self.lines.ended and time.monotonic() < end:
             self.pump(end - time.monotonic())
         return self.process.wait(max(end - time.monotonic(), 0.1))
+
+
+class Watch(Tool):
+    """`kvmi watch` with these breakpoints."""
+
+    def __init__(self, *breaks, system_map=True, options=()):
+        super().__init__("watch", *(o for b in breaks for o in ("--break", b)), *options, system_map=system_map)
+
+
+def kvmi(command, *arguments, timeout=60, status=0, socket=True):
+    """Runs a command of the tool that ends by itself; returns (what it printed, what it complained about)."""
+    argv = [str(BUILD / "tools/kvmi"), command, *(["--socket", str(SOCKET)] if socket else []), *arguments]
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
+    r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, timeout=timeout)
+    out, errors = r.stdout.decode(), r.stderr.decode()
+    assert r.returncode == status, f"kvmi {command} ended with status {r.returncode}: {errors}{out[-2000:]}"
+    return out, errors
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 # The numbers of linux/kvmi.h that the client below uses

@@ -8,6 +8,7 @@ They share one guest, to save time. Each begins with the guest running, a kvmi o
 tool; whatever it leaves behind is put right, or the guest replaced, before the next one.
 """
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import traceback
 from pathlib import Path
 
 from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Watch, symbols, wait_until)
+                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, symbols, wait_until)
 
 SCENARIOS = {}
 
@@ -651,6 +652,182 @@ def object_errors(g):
         else:
             raise AssertionError(f"{options} was accepted")
     g.qmp.execute("object-add", **g.kvmi_options())
+
+
+MAP = ("--system-map", str(BUILD / "linux/System.map"))
+
+
+@scenario(timeout=240)
+def tool_ps_and_modules(g):
+    """kvmi ps and kvmi modules say what the guest's own /proc says; the types are read from its memory."""
+    told = g.ask("list processes", "that was all")
+    # PID (COMM) STATE PPID
+    expected = {int(pid): (comm, int(ppid)) for pid, comm, ppid in re.findall(r"process (\d+) \((.*)\) \S (\d+) ", told)}
+    assert len(expected) > 20, told
+    start = time.monotonic()
+    found = {p["pid"]: p for p in json_lines(kvmi("ps", "--json", *MAP)[0])}
+    print(f"{len(found)} processes after {time.monotonic() - start:.1f} s")
+    # kernel workers come and go, and children of the guest's program
+    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker") and (pid == 1 or e[0] != "init")}
+    for pid, (comm, ppid) in lasting.items():
+        comm = comm[:15]        # /proc knows the rest of a kernel thread's name
+        assert pid in found, f"no process {pid} ({comm}) in {found}"
+        assert (found[pid]["comm"], found[pid]["ppid"]) == (comm, ppid), f"{found[pid]} instead of {comm} of {ppid}"
+    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith(("kworker", "init"))}
+    assert not extra, f"processes the guest does not know: {extra}"
+    init = found[1]
+    assert not init["kernel"] and int(init["cr3"], 16) and init["uid"] == 0, init
+    assert found[2]["kernel"] and found[2]["cr3"] == "0x0", found[2]
+    # the same with what was given, all threads, and nothing moving
+    text = kvmi("ps", "--threads", "--pause", *MAP)[0]
+    mine = re.findall(r"^ +1 +(\d+) +0 +0 [RSD] +\w+ init$", text, re.M)
+    assert len(set(mine)) >= 3, text        # the guest's program has a thread for each CPU, and the first
+    assert "[kthreadd]" in text, text
+
+    modules = re.findall(r"module (\w+) (\d+) (\d+) \S+ (\w+) 0x(\w+)", told)
+    assert modules, told
+    found = [(m["name"], m["size"], m["references"], m["state"], int(m["base"], 16)) for m in json_lines(kvmi("modules", "--json", *MAP)[0])]
+    assert found == [(n, int(s), int(r), state.lower(), int(b, 16)) for n, s, r, state, b in modules], f"{found} instead of {modules}"
+    # types that are not there
+    assert "neither vmlinux nor BTF" in kvmi("ps", *MAP, "--btf", "/dev/null", status=1)[1]
+    g.wait_alive()
+
+
+@scenario(timeout=240)
+def tool_dump(g):
+    """kvmi dump writes what QEMU's own dump has, as it is and as a core file with the registers of both vCPUs; holes are holes."""
+    start, end, virtual = g.text()
+    start, end = start & ~4095, start + (1 << 20)
+    expected = g.dump(start, end)
+    path = DIR / "core"
+    kvmi("dump", "--pause", "--quiet", "--format", "raw", "--range", f"{start},{end - start}", str(path))
+    same_memory(expected, path.read_bytes(), "raw dump")
+
+    # the last MiB of memory, and one behind it
+    kvmi("dump", "--pause", "--quiet", "--range", "0xff00000,0x200000", str(path))
+    core = path.read_bytes()
+    assert core[:4] == b"\x7fELF" and struct.unpack_from("<H", core, 16)[0] == 4, "not a core file"
+    count, = struct.unpack_from("<H", core, 56)
+    programs = [struct.unpack_from("<IIQQQQQ", core, 64 + 56 * i) for i in range(count)]
+    (note, _, at, _, _, size, _), (load, _, offset, _, physical, length, _) = programs
+    assert (note, load, physical, length) == (4, 1, 0xff00000, 0x100000), programs
+    notes = core[at:at + size]
+    assert notes.count(b"CORE\0") == 2 and notes.count(b"QEMU\0") == 2, "registers of two vCPUs"
+    g.qmp.execute("stop")
+    # most of that memory is idle
+    now = g.dump(physical, physical + length)
+    same = sum(core[offset + i:offset + i + 4096] == now[i:i + 4096] for i in range(0, length, 4096))
+    assert same > 200, f"{same} of 256 pages are what they are in QEMU's dump"
+    assert any(now), "there is nothing in that memory"
+    cont(g)
+    readelf = subprocess.run(["readelf", "-n", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout.decode(errors="replace")
+    assert readelf.count("NT_PRSTATUS") == 2 and "Warning" not in readelf, readelf
+
+    assert "no memory" in kvmi("dump", "--quiet", "--range", "0x20000000,0x100000", str(path), status=1)[1]
+    assert not path.exists(), "an incomplete dump was left behind"
+    g.wait_alive()
+
+
+@scenario(timeout=240)
+def tool_protect(g):
+    """kvmi protect sees the kernel rewrite its own code, and who did it; not hindered, the guest runs on; a stop finds nothing left."""
+    before = code(g)
+    with Tool("protect") as t:
+        protected = t.event("protected", timeout=40)
+        s = symbols()
+        pages = {name: (-(-s[end] // 4096) - s[start] // 4096) for name, start, end in (
+            ("text", "_stext", "_etext"), ("rodata", "__start_rodata", "__end_rodata"))}
+        assert {k: protected[k] for k in pages} == pages, f"{protected} instead of {pages}"
+        g.wait_alive()
+        t.mark()
+        assert not [e for e in t.said if e["event"] == "violation"], "violations in a guest that does nothing of the kind"
+        t.signal(signal.SIGINT)
+        assert t.finish() == 0
+        t.event("clean")
+    g.tell("patch")
+    with Tool("protect", "--text") as t:
+        for _ in range(2):
+            mark = t.mark()
+            v = t.event("violation", since=mark, count=3, timeout=40)
+            assert (v["access"], v["area"], v["user"]) == ("write", "text", False), v
+            assert re.match(r"(__)?(text_poke|memcpy)", v["by"]), v
+            offset = t.event("ready")["offset"]
+            assert v["registers"]["rip"] == v["rip"] and s["_stext"] <= int(v["address"], 16) - int(offset, 16) < s["_etext"], v
+            mark = t.mark()
+            data, stopped = stop(g)
+            expect("clean", data)
+            assert t.event("clean", since=mark)["ts"] <= stopped["us"]
+            cont(g)
+        t.event("violation", since=t.mark(), timeout=40)
+        print(f"{len([e for e in t.said if e['event'] == 'violation'])} violations, unhooked after {data['duration']} µs")
+    by = v["by"].split("+")[0]
+    with Tool("protect", "--text", "--ignore", by) as t:
+        t.event("protected", timeout=40)
+        summary = t.event("summary", timeout=40)
+        assert summary["ignored"] > 0 and summary["violations"] == 0, summary
+        t.signal(signal.SIGTERM)
+        assert t.finish() == 0
+    g.ask("be quiet", "quiet")
+    g.wait_alive()
+    same_memory(before, code(g), "patched and patched back")
+
+
+@scenario(timeout=240)
+def tool_trace(g):
+    """kvmi trace follows a system call from its first instruction on, and a vCPU from wherever it is; nothing is left behind."""
+    before = code(g)
+    said = json_lines(kvmi("trace", "--json", "--from", HOT[0], "--steps", "150", "--timeout", "60", *MAP)[0])
+    steps = [e["symbol"].split("+")[0] for e in said if e["event"] == "step"]
+    assert said[0]["event"] == "begin" and said[0]["symbol"] == HOT[0], said[0]
+    assert (said[-1]["steps"], said[-1]["reason"], len(steps)) == (150, "done", 150), said[-1]
+    # the function, and then what called it
+    assert steps[0] == HOT[0] and {"x64_sys_call", "do_syscall_64"} & set(steps), steps
+    g.wait_alive()
+    same_memory(before, code(g), "after a trace from a breakpoint")
+    text = kvmi("trace", "--vcpu", "1", "--steps", "20", *MAP)[0]
+    print(text)
+    assert re.search(r"^vCPU 1, from ", text) and re.search(r"^\d+ steps: (done|halted)$", text, re.M), text
+    assert "vCPUs 0 to 1" in kvmi("trace", "--vcpu", "2", *MAP, status=1)[1]
+    # one that is never reached: nothing is left after the wait
+    assert "not reached" in kvmi("trace", "--from", "panic", "--timeout", "12", *MAP, status=1)[1]
+    same_memory(before, code(g), "after a trace that did not begin")
+    g.wait_alive()
+
+
+@scenario(timeout=240)
+def tool_events_and_stat(g):
+    """kvmi events tells of CR3, MSR and page accesses of the running guest, kvmi stat counts them; a stop undoes it before."""
+    text = symbols()[HOT[0]] - symbols()["_text"]
+    with Tool("events", "--cr", "3", "--msr", "0xc0000102", "--msr", "0x6e0", "--access", f"{HOT[0]}=r") as t:
+        t.event("watching", timeout=40, pages=1)
+        cr = t.event("cr", timeout=40, cr=3)
+        assert cr["old"] == cr["cr3"] and cr["new"] != "0x0", cr
+        for _ in range(2):
+            mark = t.mark()
+            # the page of the function is one that the guest executes
+            pf = t.event("pf", since=mark, timeout=40, access="execute")
+            assert int(pf["gpa"], 16) >> 12 == (g.text()[0] + text) >> 12 and pf["gva"] == pf["rip"], pf
+            data, stopped = stop(g)
+            expect("clean", data)
+            assert t.event("clean", since=mark)["ts"] <= stopped["us"]
+            mark = t.mark()
+            cont(g)
+        t.event("pf", since=mark, timeout=40)
+        print({k: sum(e["event"] == k for e in t.said) for k in ("cr", "msr", "pf")}, f"unhooked after {data['duration']} µs")
+        t.signal(signal.SIGINT)
+        assert t.finish() == 0
+    g.wait_alive()
+    with Tool("stat", "--cr", "3", "--count", "3", system_map=False) as t:
+        said = t.event("stat", count=2, timeout=40)
+        assert said["events"][0]["event"] == "cr" and said["events"][0]["count"] > 0, said
+        for what in ("command", "vcpu_command"):
+            assert 0 < said[what]["least_us"] <= said[what]["mean_us"] <= said[what]["most_us"], said
+        assert t.finish() == 0, "--count does not end it"
+    with Tool("events", "--msr", "0x12345", system_map=False) as t:
+        assert "message" in t.event("problem", timeout=40)
+        t.signal(signal.SIGINT)
+        assert t.finish() == 1
+    g.wait_alive()
 
 
 @scenario(timeout=120)

@@ -109,6 +109,11 @@ void client_sim_event(struct client_sim *client, unsigned int id)
 	struct sim *sim = &client->sim;
 
 	pthread_mutex_lock(&client->lock);
+	if (id == CLIENT_SIM_NOT_EMULATED) {
+		id = KVMI_VCPU_EVENT_PF;
+		pf.gpa = 0x7123;
+		pf.flags = KVMI_PF_NOT_EMULATED;
+	}
 	switch (id) {
 #define ONE(number, data) \
 	case number: \
@@ -158,6 +163,16 @@ uint8_t *client_sim_memory(struct client_sim *client)
 unsigned int client_sim_access(struct client_sim *client, uint64_t gpa)
 {
 	return 7 & ~client->sim.access[gpa / 4096];
+}
+
+void client_sim_free_page(struct client_sim *client, uint64_t gpa)
+{
+	client->sim.access[gpa / 4096] = 0;
+}
+
+bool client_sim_stepping(struct client_sim *client, unsigned int vcpu)
+{
+	return client->sim.stepping[vcpu];
 }
 
 uint64_t client_sim_rip(struct client_sim *client, unsigned int vcpu)

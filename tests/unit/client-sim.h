@@ -25,6 +25,7 @@ void client_sim_wait_end(struct client_sim *sim);
 void client_sim_hang_up(struct client_sim *sim);
 
 /* Sends one of vCPU 1's events (by the protocol's number), or UNHOOK */
+#define CLIENT_SIM_NOT_EMULATED 100	/* a PF at 0x7123 */
 void client_sim_event(struct client_sim *sim, unsigned int id);
 void client_sim_unhook(struct client_sim *sim);
 
@@ -33,6 +34,8 @@ bool client_sim_subscribed(struct client_sim *sim);
 const uint8_t *client_sim_last(struct client_sim *sim);	/* body of a command */
 uint8_t *client_sim_memory(struct client_sim *sim);
 unsigned int client_sim_access(struct client_sim *sim, uint64_t gpa);
+void client_sim_free_page(struct client_sim *sim, uint64_t gpa);
+bool client_sim_stepping(struct client_sim *sim, unsigned int vcpu);
 uint64_t client_sim_rip(struct client_sim *sim, unsigned int vcpu);
 unsigned int client_sim_commands(struct client_sim *sim);
 unsigned int client_sim_replies(struct client_sim *sim);

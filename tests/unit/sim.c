@@ -64,6 +64,8 @@ void sim_event(struct sim *sim, unsigned int vcpu, unsigned int id,
 	memset(event.arch.padding, 0xaa, sizeof(event.arch.padding));
 	if (vcpu < SIM_VCPUS)
 		event.arch.regs = sim->regs[vcpu];
+	event.arch.sregs.cr0 = 0x80000001;	/* long mode */
+	event.arch.sregs.efer = 0xd01;
 	event.arch.sregs.cr3 = 0x1000 + vcpu;
 	event.arch.msrs.lstar = 0xffffffff81e00080;
 	memcpy(body, &header, sizeof(header));
@@ -113,6 +115,48 @@ bool sim_receive(struct sim *sim)
 	return receive_all(sim->fd, sim->last_body, sim->last.size);
 }
 
+static void sim_mac(struct sim *sim, const char *label, const uint8_t *hello,
+		    const uint8_t *answer, size_t size, uint8_t mac[32])
+{
+	g_autoptr(GHmac) hmac = g_hmac_new(G_CHECKSUM_SHA256,
+					   (const guchar *)sim->secret,
+					   strlen(sim->secret));
+	char padded[16] = { 0 };
+	gsize length = 32;
+
+	memcpy(padded, label, strlen(label));
+	g_hmac_update(hmac, (const guchar *)padded, sizeof(padded));
+	g_hmac_update(hmac, hello, 144);
+	g_hmac_update(hmac, answer, size);
+	g_hmac_get_digest(hmac, mac, &length);
+}
+
+/* The rest of the handshake with auth=hmac, as docs/interop/kvmi.rst has it */
+static bool prove(struct sim *sim, const uint8_t *hello)
+{
+	uint8_t answer[96], mac[32], proof[40] = { 40 };
+	uint32_t number;
+
+	if (!receive_all(sim->fd, answer, sizeof(answer)))
+		return false;
+	memcpy(&number, answer, 4);
+	g_assert_cmpuint(number, ==, 96);
+	memcpy(&number, answer + 24, 4);
+	g_assert_cmpuint(number, ==, 1);
+	memcpy(sim->cookie, answer + 4, sizeof(sim->cookie));
+	memcpy(sim->nonce, answer + 32, sizeof(sim->nonce));
+	sim_mac(sim, "kvmi-hmac-tool", hello, answer, 64, mac);
+	sim->good_proof = !memcmp(mac, answer + 64, 32);
+	if (!sim->good_proof)
+		return false;
+	sim_mac(sim, "kvmi-hmac-qemu", hello, answer, 96, proof + 8);
+	if (sim->bad_proof)
+		proof[39] ^= 1;
+	sim_send(sim, proof, sizeof(proof));
+
+	return true;
+}
+
 bool sim_handshake(struct sim *sim)
 {
 	struct {
@@ -138,8 +182,16 @@ bool sim_handshake(struct sim *sim)
 	G_STATIC_ASSERT(sizeof(hello) == 104);
 	if (sim->hello_size)
 		hello.struct_size = sim->hello_size;
+	if (sim->secret)
+		hello.struct_size = 144;
 	memcpy(bytes, &hello, sizeof(hello));
+	if (sim->secret) {
+		bytes[104] = 1;
+		memset(bytes + 112, 0x77, 32);
+	}
 	sim_send(sim, bytes, hello.struct_size);
+	if (sim->secret)
+		return prove(sim, bytes);
 	if (!receive_all(sim->fd, &answer, sizeof(answer)))
 		return false;
 	g_assert_cmpuint(answer.struct_size, ==, sizeof(answer));
@@ -186,6 +238,8 @@ static void get_registers(struct sim *sim, unsigned int vcpu)
 	g_assert_cmpuint(sim->last.size, ==, 16 + 4 * request.nmsrs);
 	reply->mode = 8;
 	reply->regs = sim->regs[vcpu];
+	reply->sregs.cr0 = 0x80000001;
+	reply->sregs.efer = 0xd01;
 	reply->sregs.cr3 = 0x1000 + vcpu;
 	reply->msrs.nmsrs = request.nmsrs;
 	for (i = 0; i < request.nmsrs; i++) {
@@ -279,10 +333,12 @@ void sim_serve_one(struct sim *sim)
 			.version = sim->version ? sim->version : 1,
 			.max_msg_size = sim->max_message == UINT32_MAX ? 0 :
 				KVMI_MAX_MSG_SIZE,
-			.features.singlestep = 1,
+			.features.singlestep = !sim->no_singlestep,
 			.features.get_page_access = !sim->old,
 			.features.get_max_gfn = !sim->old,
 			.features.journal = !sim->old,
+			.features.set_sregs = !sim->old,
+			.features.set_msrs = !sim->old,
 		};
 
 		g_assert_cmpuint(sim->last.size, ==, 0);
@@ -427,10 +483,37 @@ void sim_serve_one(struct sim *sim)
 		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(sim->xsave));
 		memcpy(sim->xsave, body + 8, sizeof(sim->xsave));
 		break;
+	case KVMI_VCPU_SET_SREGS:
+		g_assert_cmpuint(sim->last.size, ==, 8 + sizeof(struct kvm_sregs));
+		if (body[8])
+			error = -KVM_EINVAL;
+		break;
+	case KVMI_VCPU_SET_MSRS: {
+		struct kvmi_vcpu_set_msrs_reply reply = { 0 };
+		struct kvm_msr_entry entry;
+		uint32_t count;
+
+		memcpy(&count, body + 8, sizeof(count));
+		g_assert_cmpuint(sim->last.size, ==, 16 + count * sizeof(entry));
+		/* Number i has the value i; it can't have another */
+		for (; reply.nmsrs < count; reply.nmsrs++) {
+			memcpy(&entry, body + 16 + reply.nmsrs * sizeof(entry),
+			       sizeof(entry));
+			g_assert_cmphex(entry.reserved, ==, 0);
+			if (entry.data != entry.index)
+				break;
+		}
+		sim_answer(sim, sim->last.id, sim->last.seq, 0, &reply,
+			   sizeof(reply));
+		return;
+	}
 	case KVMI_VCPU_CONTROL_CR:
 	case KVMI_VCPU_CONTROL_MSR:
+		g_assert_cmpuint(sim->last.size, ==, 16);
+		break;
 	case KVMI_VCPU_CONTROL_SINGLESTEP:
 		g_assert_cmpuint(sim->last.size, ==, 16);
+		sim->stepping[vcpu.vcpu] = body[8];
 		break;
 	case KVMI_VCPU_INJECT_EXCEPTION:
 		g_assert_cmpuint(sim->last.size, ==, 24);

@@ -30,11 +30,17 @@ struct sim {
 	int event_before;		/* an event before this answer */
 	unsigned int answer_size;	/* cut (or stretch) answers to this */
 
+	const char *secret;		/* auth=hmac */
+	bool bad_proof;			/* of the simulator's */
+	bool good_proof;		/* of the client's */
+	uint8_t nonce[32];		/* the client's */
+	bool no_singlestep;
 	bool old;			/* a KVM without the later commands */
 	uint16_t write_flags;		/* of the last write */
 	unsigned int writes;
 	uint8_t access[SIM_MEMORY / 4096];	/* what is taken off each page */
 	unsigned int access_messages;
+	bool stepping[SIM_VCPUS];
 	uint8_t xsave[4096];
 	uint64_t last_value;		/* of a reply to CR, MSR */
 

@@ -538,6 +538,43 @@ static void test_events(void)
 	g_assert_cmpint(client_sim_action(sim), ==, KVMI_EVENT_ACTION_RETRY);
 	free(event);
 
+	/* one that KVM cannot emulate: a step, of which the tool sees nothing */
+	{
+		unsigned long long gpa = 0x7000;
+		unsigned char access = 3;
+
+		ok(kvmi_set_page_access(dom, &gpa, &access, 1, 0));
+		client_sim_event(sim, CLIENT_SIM_NOT_EMULATED);
+		event = next(dom, KVMI_EVENT_PF);
+		ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0, 288));
+		free(event);
+		client_sim_wait_replies(sim, 4);
+		g_assert_true(client_sim_stepping(sim, 1));
+		/* KVM frees the page */
+		client_sim_free_page(sim, gpa);
+		client_sim_event(sim, 19);
+		fails(kvmi_wait_event(dom, 100), ETIMEDOUT);
+		client_sim_wait_replies(sim, 5);
+		g_assert_cmpint(client_sim_access(sim, gpa), ==, 3);
+		g_assert_false(client_sim_stepping(sim, 1));
+
+		/* while the tool makes steps of its own, it sees them all */
+		ok(kvmi_control_singlestep(dom, 1, true));
+		client_sim_event(sim, CLIENT_SIM_NOT_EMULATED);
+		event = next(dom, KVMI_EVENT_PF);
+		ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0, 288));
+		free(event);
+		client_sim_wait_replies(sim, 6);
+		client_sim_free_page(sim, gpa);
+		client_sim_event(sim, 19);
+		event = next(dom, KVMI_EVENT_SINGLESTEP);
+		g_assert_cmpint(client_sim_access(sim, gpa), ==, 3);
+		g_assert_true(client_sim_stepping(sim, 1));
+		ok(kvmi_control_singlestep(dom, 1, false));
+		ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0, 16));
+		free(event);
+	}
+
 	client_sim_event(sim, 5);	/* BREAKPOINT; answered when it is gone */
 	event = next(dom, KVMI_EVENT_BREAKPOINT);
 	g_assert_cmphex(event->event.breakpoint.gpa, ==, 0x5001);
@@ -548,7 +585,7 @@ static void test_events(void)
 		free(event);
 		ok(answer(dom, &copy, KVMI_EVENT_ACTION_RETRY, 0, 16));
 	}
-	client_sim_wait_replies(sim, 4);
+	client_sim_wait_replies(sim, 8);
 
 	client_sim_event(sim, 13);	/* DESCRIPTOR */
 	event = next(dom, KVMI_EVENT_DESCRIPTOR);
@@ -570,12 +607,12 @@ static void test_events(void)
 	event = next(dom, KVMI_EVENT_HYPERCALL);
 	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0, 16));
 	free(event);
-	client_sim_wait_replies(sim, 8);
+	client_sim_wait_replies(sim, 12);
 
 	/* TRAP: answered by the library, until it is asked for */
 	client_sim_event(sim, 9);
 	fails(kvmi_wait_event(dom, 100), ETIMEDOUT);
-	client_sim_wait_replies(sim, 9);
+	client_sim_wait_replies(sim, 13);
 	ok(kvmi_control_events(dom, 1, KVMI_EVENT_TRAP, true));
 	client_sim_event(sim, 9);
 	event = next(dom, KVMI_EVENT_TRAP);
@@ -586,7 +623,7 @@ static void test_events(void)
 	/* what has no name at all is not left waiting */
 	client_sim_event(sim, 0x1235);
 	fails(kvmi_wait_event(dom, 100), ETIMEDOUT);
-	client_sim_wait_replies(sim, 11);
+	client_sim_wait_replies(sim, 15);
 
 	/* one PAUSE for each vCPU, and those only; in any order, in a batch */
 	ok(kvmi_pause_all_vcpus(dom, 0));

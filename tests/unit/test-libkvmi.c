@@ -118,7 +118,7 @@ static void test_names(void)
 			"vcpu-translate-gva");
 	g_assert_null(kvmi_command_name(0));
 	g_assert_null(kvmi_command_name(1));
-	g_assert_null(kvmi_command_name(31));
+	g_assert_null(kvmi_command_name(35));
 	g_assert_null(kvmi_command_name(UINT32_MAX));
 	g_assert_cmpstr(kvmi_event_name(KVMI_EV_BREAKPOINT), ==, "breakpoint");
 	g_assert_null(kvmi_event_name(2));
@@ -207,6 +207,89 @@ static void test_handshake_late_key(void)
 	kvmi_vm_shutdown(vm);
 	fails(kvmi_vm_wait_hello(vm, err), KVMI_ERR_CLOSED);
 	done(sim, vm);
+}
+
+static void test_hmac(void)
+{
+	uint8_t key[200], data[300];
+	unsigned int length;
+
+	/* against GLib's, around the borders of blocks */
+	memset(key, 0x5a, sizeof(key));
+	memset(data, 0xa5, sizeof(data));
+	for (length = 0; length < 300; length++) {
+		g_autoptr(GHmac) hmac = g_hmac_new(G_CHECKSUM_SHA256, key,
+						   length % 200);
+		struct iovec parts[] = { { data, length / 3 },
+					 { data, length - length / 3 } };
+		uint8_t digest[SHA256_SIZE], expected[SHA256_SIZE];
+		gsize size = sizeof(expected);
+
+		g_hmac_update(hmac, data, length);
+		g_hmac_get_digest(hmac, expected, &size);
+		hmac_sha256(key, length % 200, parts, 2, digest);
+		g_assert_cmpmem(digest, SHA256_SIZE, expected, size);
+		g_assert_true(same_digest(digest, expected));
+		digest[length % SHA256_SIZE] ^= 1;
+		g_assert_false(same_digest(digest, expected));
+	}
+}
+
+/* Both sides prove that they know the secret */
+static void test_handshake_mutual(void)
+{
+	static const uint8_t none[20];
+	uint8_t nonce[32] = { 0 };
+	unsigned int count, i;
+
+	for (i = 0; i < 8; i++) {
+		struct sim *sim = sim_new();
+		enum kvmi_status status;
+		struct kvmi_error err;
+		struct kvmi_vm *vm;
+
+		sim->secret = i == 4 ? NULL : "open sesame";
+		sim->bad_proof = i == 5;
+		sim->piece = i == 1;
+		sim_start(sim, NULL);
+		vm = kvmi_vm_new(sim->client_fd, NULL, 0, NULL);
+		kvmi_vm_set_timeout(vm, 3000, NULL);
+		fails(kvmi_vm_set_secret(vm, "", 0, err), KVMI_ERR_ARGUMENT);
+		fails(kvmi_vm_set_secret(vm, nonce, KVMI_SECRET_MAX + 1, err),
+		      KVMI_ERR_ARGUMENT);
+		if (i < 6)
+			ok(kvmi_vm_set_secret(vm, "open sesame", 11, err));
+		else if (i == 6)
+			ok(kvmi_vm_set_secret(vm, "open barley", 11, err));
+		/* 7: a tool that does not know of it at all */
+		status = kvmi_vm_connect(vm, 0, 0, &err);
+		if (i < 4) {
+			g_assert_cmpint(status, ==, KVMI_OK);
+			g_assert_true(sim->good_proof);
+			g_assert_cmpmem(sim->cookie, 20, none, 20);
+			check_hello(vm);
+			ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+			/* random, thus never the same */
+			g_assert_cmpint(memcmp(nonce, sim->nonce, 32), !=, 0);
+			memcpy(nonce, sim->nonce, 32);
+		} else if (i == 4 || i == 5) {
+			g_assert_cmpint(status, ==, KVMI_ERR_AUTH);
+			g_assert_nonnull(strstr(err.message, i == 4 ?
+						"auth=hmac" : "secret"));
+			fails(kvmi_vm_get_vcpu_count(vm, &count, err),
+			      KVMI_ERR_AUTH);
+			g_assert_cmpint(sim->commands, ==, 0);
+		} else if (i == 6) {
+			g_assert_cmpint(status, ==, KVMI_ERR_CLOSED);
+			g_assert_false(sim->good_proof);
+		}
+		if (i == 7) {
+			/* it waits for more than the cookie */
+			kvmi_vm_shutdown(vm);
+			g_assert_cmpint(status, !=, KVMI_OK);
+		}
+		done(sim, vm);
+	}
 }
 
 static void script_size(struct sim *sim)
@@ -435,17 +518,22 @@ static void test_commands(void)
 static void test_more_commands(void)
 {
 	struct kvmi_page_access pages[1200];
+	static uint64_t values[KVMI_MSRS_MAX + 1];
+	static uint32_t msrs[KVMI_MSRS_MAX + 1];
 	uint8_t state[KVMI_XSAVE_SIZE], byte;
+	struct kvm_sregs sregs;
 	struct sim *sim = sim_new();
 	struct kvmi_vm *vm = connect_vm(sim);
 	const struct kvmi_vm_version *version = kvmi_vm_get_version(vm);
 	struct kvmi_cpuid cpuid;
 	uint64_t value;
-	size_t i;
+	size_t i, count;
 
 	g_assert_true(version->get_page_access);
 	g_assert_true(version->get_max_gfn);
 	g_assert_true(version->journal);
+	g_assert_true(version->set_sregs);
+	g_assert_true(version->set_msrs);
 
 	ok(kvmi_vcpu_control_cr(vm, 1, 4, true, err));
 	g_assert_cmpint(sim->last_body[8], ==, 4);
@@ -492,6 +580,26 @@ static void test_more_commands(void)
 	ok(kvmi_vcpu_get_xsave(vm, 0, state, err));
 	g_assert_cmphex(state[0], ==, 0x5a);
 	g_assert_cmphex(state[KVMI_XSAVE_SIZE - 1], ==, 0x5a);
+
+	memset(&sregs, 0, sizeof(sregs));
+	ok(kvmi_vcpu_set_sregs(vm, 0, &sregs, err));
+	memset(&sregs, 1, sizeof(sregs));
+	fails(kvmi_vcpu_set_sregs(vm, 0, &sregs, err), KVMI_ERR_INVALID);
+	fails(kvmi_vcpu_set_sregs(vm, 0, NULL, err), KVMI_ERR_ARGUMENT);
+
+	for (i = 0; i < KVMI_MSRS_MAX + 1; i++)
+		values[i] = msrs[i] = i;
+	ok(kvmi_vcpu_set_msrs(vm, 0, msrs, values, KVMI_MSRS_MAX, &count, err));
+	g_assert_cmpint(count, ==, KVMI_MSRS_MAX);
+	ok(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 1, NULL, err));
+	values[3] = 0x1234;
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 5, &count, err),
+	      KVMI_ERR_INVALID);
+	g_assert_cmpint(count, ==, 3);
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, KVMI_MSRS_MAX + 1, &count,
+				 err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vcpu_set_msrs(vm, 0, msrs, values, 0, &count, err),
+	      KVMI_ERR_ARGUMENT);
 
 	ok(kvmi_vm_get_max_gfn(vm, &value, err));
 	g_assert_cmpint(value, ==, SIM_MEMORY / 4096 - 1);
@@ -697,6 +805,146 @@ static void test_errors(void)
 		g_assert_cmpint(fail_kvm(NULL, 77, cases[i].error), ==,
 				cases[i].status);
 	}
+}
+
+/* ------------------------------------------------------------------------
+ * Page tables
+ */
+
+static void set_entry(struct sim *sim, uint64_t table, unsigned int index,
+		      uint64_t entry)
+{
+	memcpy(sim->memory + table + 8 * index, &entry, sizeof(entry));
+}
+
+static void test_walker(void)
+{
+	struct kvmi_registers state = {
+		.sregs = { .cr0 = 1ULL << 31, .efer = 1ULL << 10,
+			   .cr3 = 0x1018 },
+	};
+	struct kvmi_paging four, five;
+	struct kvmi_translation found;
+	struct kvmi_walker *walker;
+	struct kvmi_error err;
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	unsigned int cached, commands;
+	uint8_t bytes[8192];
+
+	/* 5 levels at 0x8000, the fourth of which is what 4 levels have */
+	set_entry(sim, 0x8000, 0, 0x1000 | 7);
+	set_entry(sim, 0x8000, 511, 0x1000 | 7);
+	set_entry(sim, 0x8000, 256, 0x1000 | 0x87);
+	set_entry(sim, 0x1000, 0, 0x2000 | 7);
+	set_entry(sim, 0x1000, 511, 0x2000 | 3);	/* not for programs */
+	set_entry(sim, 0x2000, 0, 0x3000 | 7);
+	set_entry(sim, 0x2000, 1, 0x40000000 | 0x81);	/* 1 GiB, read-only */
+	set_entry(sim, 0x2000, 2, 0x7fffffff000 | 7);	/* nowhere */
+	set_entry(sim, 0x3000, 0, 0x4000 | 7);
+	set_entry(sim, 0x3000, 1, 0x200000 | 0x1083 | 1ULL << 63);
+	set_entry(sim, 0x4000, 0, 0x6000 | 7);
+	set_entry(sim, 0x4000, 1, 0x5000 | 0x67);
+	set_entry(sim, 0x4000, 3, 0x7000 | 6);		/* not present */
+
+	ok(kvmi_paging_of(&state, &four, err));
+	g_assert_cmpint(four.levels, ==, 4);
+	state.sregs.cr4 = 1 << 12;
+	state.sregs.cr3 = 0x8000;
+	ok(kvmi_paging_of(&state, &five, err));
+	g_assert_cmpint(five.levels, ==, 5);
+	state.sregs.efer = 0;
+	fails(kvmi_paging_of(&state, &five, err), KVMI_ERR_NOT_SUPPORTED);
+	state.sregs.efer = 1 << 10;
+	state.sregs.cr0 = 0;
+	fails(kvmi_paging_of(&state, &five, err), KVMI_ERR_NOT_SUPPORTED);
+
+	for (cached = 0; cached <= 16; cached += 4) {
+		walker = kvmi_walker_new(vm, cached, &err);
+		g_assert_nonnull(walker);
+
+		ok(kvmi_walker_translate(walker, &four, 0x1234, &found, err));
+		g_assert_cmphex(found.gpa, ==, 0x5234);
+		g_assert_cmpint(found.page_size, ==, 4096);
+		g_assert_true(found.writable && found.user && found.executable);
+		ok(kvmi_walker_translate(walker, &five, 0x1234, &found, err));
+		g_assert_cmphex(found.gpa, ==, 0x5234);
+		/* the upper half */
+		ok(kvmi_walker_translate(walker, &four, 0xffffff8000001234,
+					 &found, err));
+		g_assert_cmphex(found.gpa, ==, 0x5234);
+		g_assert_false(found.user);
+		ok(kvmi_walker_translate(walker, &five, 0xffffff8000001234,
+					 &found, err));
+		ok(kvmi_walker_translate(walker, &five, 0xff00000000001234,
+					 &found, err));
+		g_assert_true(found.user);
+		/* large pages */
+		ok(kvmi_walker_translate(walker, &four, 0x212345, &found, err));
+		g_assert_cmphex(found.gpa, ==, 0x212345);
+		g_assert_cmpint(found.page_size, ==, 2 << 20);
+		g_assert_true(found.writable && !found.executable);
+		ok(kvmi_walker_translate(walker, &four, 0x52345678, &found,
+					 err));
+		g_assert_cmphex(found.gpa, ==, 0x52345678);
+		g_assert_cmpint(found.page_size, ==, 1 << 30);
+		g_assert_false(found.writable);
+
+		fails(kvmi_walker_translate(walker, &four, 0x3000, &found, err),
+		      KVMI_ERR_UNMAPPED);
+		fails(kvmi_walker_translate(walker, &four, 0x8000000000, &found,
+					    err), KVMI_ERR_UNMAPPED);
+		fails(kvmi_walker_translate(walker, &four, 0x80000000, &found,
+					    err), KVMI_ERR_UNMAPPED);
+		/* not canonical, though there is a table for these bits */
+		fails(kvmi_walker_translate(walker, &four, 0x1000000001234,
+					    &found, err), KVMI_ERR_UNMAPPED);
+		fails(kvmi_walker_translate(walker, &four, 0xff00000000001234,
+					    &found, err), KVMI_ERR_UNMAPPED);
+		five.levels = 3;
+		fails(kvmi_walker_translate(walker, &five, 0, &found, err),
+		      KVMI_ERR_ARGUMENT);
+		five.levels = 5;
+
+		/* pages that are neighbours here are none there */
+		memset(sim->memory + 0x5000, 0x55, 4096);
+		memset(sim->memory + 0x6000, 0x66, 4096);
+		ok(kvmi_walker_read(walker, &four, 0xff0, bytes, 32, err));
+		g_assert_cmphex(bytes[15], ==, 0x66);
+		g_assert_cmphex(bytes[16], ==, 0x55);
+		memset(bytes, 0x77, sizeof(bytes));
+		ok(kvmi_walker_write(walker, &four, 0xff0, bytes, 32, err));
+		g_assert_cmphex(sim->memory[0x6fef], ==, 0x66);
+		g_assert_cmphex(sim->memory[0x6ff0], ==, 0x77);
+		g_assert_cmphex(sim->memory[0x500f], ==, 0x77);
+		g_assert_cmphex(sim->memory[0x5010], ==, 0x55);
+		fails(kvmi_walker_read(walker, &four, 0x1ff0, bytes, 32, err),
+		      KVMI_ERR_UNMAPPED);
+		fails(kvmi_walker_read(walker, &four, UINT64_MAX, bytes, 2, err),
+		      KVMI_ERR_ARGUMENT);
+
+		/* what was read is believed, until it is told */
+		commands = sim->commands;
+		ok(kvmi_walker_translate(walker, &four, 0x1234, &found, err));
+		ok(kvmi_walker_translate(walker, &four, 0x1234, &found, err));
+		g_assert_cmpint(sim->commands - commands, ==,
+				cached < 8 ? sim->commands - commands : 0);
+		if (!cached)
+			g_assert_cmpint(sim->commands - commands, ==, 8);
+		set_entry(sim, 0x4000, 1, 0x9000 | 7);
+		ok(kvmi_walker_translate(walker, &four, 0x1234, &found, err));
+		if (cached >= 8 || !cached)
+			g_assert_cmphex(found.gpa, ==,
+					cached ? 0x5234 : 0x9234);
+		kvmi_walker_forget(walker);
+		ok(kvmi_walker_translate(walker, &four, 0x1234, &found, err));
+		g_assert_cmphex(found.gpa, ==, 0x9234);
+		set_entry(sim, 0x4000, 1, 0x5000 | 7);
+		kvmi_walker_free(walker);
+	}
+	kvmi_walker_free(NULL);
+	kvmi_walker_forget(NULL);
+	done(sim, vm);
 }
 
 /* ------------------------------------------------------------------------
@@ -1458,6 +1706,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/good", test_handshake);
 	g_test_add_func("/lib/handshake/pieces", test_handshake_in_pieces);
 	g_test_add_func("/lib/handshake/key", test_handshake_key);
+	g_test_add_func("/lib/hmac", test_hmac);
+	g_test_add_func("/lib/handshake/mutual", test_handshake_mutual);
 	g_test_add_func("/lib/handshake/late-key", test_handshake_late_key);
 	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
 	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);
@@ -1470,6 +1720,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/memory", test_memory);
 	g_test_add_func("/lib/many", test_many);
 	g_test_add_func("/lib/many-cut", test_many_cut);
+	g_test_add_func("/lib/walker", test_walker);
 	g_test_add_func("/lib/events", test_events);
 	g_test_add_func("/lib/kinds", test_kinds);
 	g_test_add_func("/lib/unhook-and-end", test_unhook_and_end);

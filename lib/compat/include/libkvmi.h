@@ -29,6 +29,10 @@
  *  - Views, VE, SPP, page conversion, CPUID events and mapped memory do not
  *    exist: these functions say so (ENOSYS, EOPNOTSUPP, MAP_FAILED) at once.
  *  - An event is answered once: a second answer gives ENOENT.
+ *  - An access to a restricted page that KVM cannot emulate (AVX, ENDBR64, the
+ *    delivery of an interrupt) gives a page fault event whose gva is all ones.
+ *    CONTINUE lets the vCPU do it itself, in a single step during which the
+ *    page is free for all vCPUs.
  *  - TRAP events are answered by the library unless they have been enabled.
  *  - kvmi_batch_commit() waits for the results, and returns the first error.
  *  - kvmi_init_unix_socket() replaces a socket, but no file of another kind.

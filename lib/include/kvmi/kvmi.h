@@ -87,6 +87,9 @@ enum kvmi_status {
 	KVMI_ERR_LIMIT = 7,	/* too many commands without an answer */
 	KVMI_ERR_UNMAPPED = 8,	/* no such virtual address in the guest */
 	KVMI_ERR_ANSWERED = 9,	/* this event has been answered already */
+	KVMI_ERR_AUTH = 10,	/* the other side does not know the secret, or
+				   has not been asked to; the connection has
+				   been shut down */
 
 	/* Said by KVM: see kvm_error */
 	KVMI_ERR_NOT_ALLOWED = 32,	/* QEMU does not allow it */
@@ -252,6 +255,17 @@ enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
 				      struct kvmi_error *err);
 
 /*
+ * Before kvmi_vm_connect(): both sides have to prove that they know the secret,
+ * which is not sent (auth=hmac of QEMU's kvmi object, whose key= it is).
+ * kvmi_vm_connect() then fails with KVMI_ERR_AUTH if the other side does not ask
+ * for it or cannot.  size: 1...KVMI_SECRET_MAX bytes.
+ */
+#define KVMI_SECRET_MAX 1024
+
+enum kvmi_status kvmi_vm_set_secret(struct kvmi_vm *vm, const void *secret,
+				    size_t size, struct kvmi_error *err);
+
+/*
  * Waits for the handshake and answers it, checks the version of the protocol, then waits
  * until all of the given commands and events are allowed: QEMU allows them
  * only after the handshake.  Both are sets of KVMI_SET(id).
@@ -278,6 +292,8 @@ struct kvmi_vm_version {
 	bool get_max_gfn;	/* kvmi_vm_get_max_gfn() */
 	bool journal;		/* KVM takes INT3s that were left behind out of
 				   the guest; KVMI_VM_WRITE_* */
+	bool set_sregs;		/* kvmi_vcpu_set_sregs() */
+	bool set_msrs;		/* kvmi_vcpu_set_msrs() */
 };
 
 /* Both are zero before kvmi_vm_connect() (or kvmi_vm_wait_hello()).  They live as long as vm. */
@@ -749,6 +765,68 @@ enum kvmi_status kvmi_vcpu_read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t gva, const void *data,
 					 size_t size, struct kvmi_error *err);
+
+/* ------------------------------------------------------------------------
+ * The guest's page tables
+ *
+ * Looked at from here, without a vCPU: works while the VM is paused, too, and
+ * for address spaces that no vCPU uses at the moment.
+ */
+
+struct kvmi_paging {
+	uint64_t cr3;		/* bits that are no address don't matter */
+	uint32_t levels;	/* 4 or 5 */
+	uint32_t reserved;
+};
+
+/*
+ * As a vCPU in this state uses them.  KVMI_ERR_NOT_SUPPORTED: not in long mode
+ * (real mode, 32-bit and PAE tables are left to kvmi_vcpu_translate()).
+ */
+enum kvmi_status kvmi_paging_of(const struct kvmi_registers *state,
+				struct kvmi_paging *paging,
+				struct kvmi_error *err);
+
+struct kvmi_translation {
+	uint64_t gpa;
+	uint64_t page_size;	/* 4096, 2 MiB or 1 GiB */
+	bool writable;		/* at all levels */
+	bool user;		/* at all levels: by programs, too */
+	bool executable;
+};
+
+/*
+ * Keeps at most cache_pages pages of tables (4 KiB each) that it has read, 0:
+ * none.  The guest changes its tables at any time: what was read is believed
+ * until kvmi_walker_forget().  A walker is to be freed before its vm is closed.
+ * Threads may share it.  Returns NULL on failure.
+ */
+struct kvmi_walker;
+
+struct kvmi_walker *kvmi_walker_new(struct kvmi_vm *vm, size_t cache_pages,
+				    struct kvmi_error *err);
+void kvmi_walker_free(struct kvmi_walker *walker);
+void kvmi_walker_forget(struct kvmi_walker *walker);
+
+/* KVMI_ERR_UNMAPPED: there is nothing at this address */
+enum kvmi_status kvmi_walker_translate(struct kvmi_walker *walker,
+				       const struct kvmi_paging *paging,
+				       uint64_t gva,
+				       struct kvmi_translation *translation,
+				       struct kvmi_error *err);
+
+/*
+ * Any address and size, whatever the rights.  Pages before one that fails have
+ * been read (or written) then.
+ */
+enum kvmi_status kvmi_walker_read(struct kvmi_walker *walker,
+				  const struct kvmi_paging *paging,
+				  uint64_t gva, void *data, size_t size,
+				  struct kvmi_error *err);
+enum kvmi_status kvmi_walker_write(struct kvmi_walker *walker,
+				   const struct kvmi_paging *paging,
+				   uint64_t gva, const void *data, size_t size,
+				   struct kvmi_error *err);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The scenarios of tests/host/fault.py: tools that fail, at each step of their life, in the AMD host."""
+import pytest
+
+import fault
+import host
+
+pytestmark = pytest.mark.amd
+
+HEAD = """| what happens to the guest | the tool was | how it failed | outcome | took, ms | slowest QMP answer, ms |
+|---|---|---|---|--:|--:|
+"""
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    rows = []
+    yield rows
+    if rows:
+        path = host.BUILD / "host/faults.md"
+        path.write_text(HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows))
+
+
+@pytest.mark.parametrize("name", fault.SCENARIOS)
+def test_fault(amd, matrix, name):
+    host.guest_image()
+    output = amd.run(["/usr/bin/python3", host.HERE / "fault.py", name], fault.SCENARIOS[name].timeout)
+    print(output)
+    matrix += [line.split("\t")[1:] for line in output.splitlines() if line.startswith("MATRIX\t")]
