@@ -125,6 +125,7 @@ class Chatty(Deaf):
 
     def chatter(self):
         try:
+            self.raw.await_unhook(120)
             while True:
                 self.raw.command(GET_VERSION)
                 self.commands += 1
@@ -141,6 +142,29 @@ class Chatty(Deaf):
         if hasattr(self, "thread"):
             self.thread.join(20)
             assert self.commands > 20, f"only {self.commands} commands were answered"
+        super().__exit__()
+
+
+class Polite(Deaf):
+    """Leaves when it is asked to; has no breakpoints"""
+    name, outcome, most = "polite", "clean", Prompt.most
+
+    def __enter__(self):
+        super().__enter__()
+        self.raw.subscribe_unhook()
+        return self
+
+    def leave(self):
+        self.raw.await_unhook(120)
+        self.raw.close()
+
+    def during(self, mark):
+        self.thread = threading.Thread(target=self.leave)
+        self.thread.start()
+
+    def __exit__(self, *exc):
+        if hasattr(self, "thread"):
+            self.thread.join(120)
         super().__exit__()
 
 
@@ -865,7 +889,7 @@ class Suspend(Way):
 @scenario(timeout=600, machine="q35")
 def gate_suspend(g):
     """The guest suspends to RAM: it waits for the tool as for slow hardware; after it woke up the tool is let in again."""
-    combine(g, Suspend, (NoTool, Prompt, Chatty))
+    combine(g, Suspend, (NoTool, Prompt, Polite, Chatty))
     with Deaf(g) as tool:
         # Paused during the wait, it is suspended when it is resumed
         tool.raw.subscribe_unhook()

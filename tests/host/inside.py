@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -156,6 +157,12 @@ class QMP:
             raise Late(f"{e}; seen instead: {seen}") from None
 
 
+def swallow(sock):
+    with sock:
+        while sock.recv(4096):
+            pass
+
+
 class Guest:
     """The virtual machine under test. It outlives the process that started it, so scenarios can share one."""
 
@@ -208,11 +215,14 @@ class Guest:
     def tell(self, command):
         """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
         if self.console:
+            self.console.shutdown(socket.SHUT_RDWR)
             self.console.close()
         # Open until the guest has read it: QEMU forgets what it has not read when we hang up
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(str(self.dir / "console"))
         self.console.sendall(command.encode() + b"\n")
+        # and read from, or the guest's console comes to a standstill
+        threading.Thread(target=swallow, args=(self.console.dup(),), daemon=True).start()
 
     def kill(self):
         try:
