@@ -21,7 +21,10 @@ static void fuzz_answer(const uint8_t *data, size_t size)
     /* On the heap, alone, where the sanitizer sees a byte too much */
     g_autofree KvmiAnswerReader *reader = g_new(KvmiAnswerReader, 1);
     size_t done = 0, chunk = 1 + data[0], wanted;
+    static const uint8_t key[] = "key";
     KvmiAnswer answer = { };
+    KvmiHello hello = { };
+    KvmiProof proof;
     uint32_t claimed;
 
     data++;
@@ -42,7 +45,7 @@ static void fuzz_answer(const uint8_t *data, size_t size)
         g_assert_cmpuint(reader->received, ==, done);
         if (!ok) {
             memcpy(&claimed, data, sizeof(claimed));
-            g_assert(claimed < sizeof(answer) || claimed > KVMI_ANSWER_MAX);
+            g_assert(claimed < KVMI_ANSWER_LEN || claimed > KVMI_ANSWER_MAX);
             g_assert_nonnull(error_get_pretty(err));
             error_free(err);
             return;
@@ -51,10 +54,14 @@ static void fuzz_answer(const uint8_t *data, size_t size)
     }
 
     /* Complete, to the byte, and what was sent */
-    memcpy(&answer, data, sizeof(answer));
-    g_assert_cmpuint(done, ==, answer.struct_size);
+    memcpy(&claimed, data, sizeof(claimed));
+    memcpy(&answer, data, MIN(sizeof(answer), claimed));
+    g_assert_cmpuint(done, ==, claimed);
     g_assert_cmpmem(&reader->answer, sizeof(answer), &answer, sizeof(answer));
     kvmi_cookie_equal(reader->answer.cookie_hash, answer.cookie_hash);
+    /* Nobody guesses the proof */
+    g_assert(!kvmi_hmac_check(&hello, &reader->answer, key, sizeof(key),
+                              &proof, NULL));
 }
 
 /* Lines of text as a list of names */
@@ -109,7 +116,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 static size_t make_answer(GRand *r, uint8_t *buf)
 {
     static const uint32_t limits[] = {
-        0, 4, sizeof(KvmiAnswer), 28, 4096, KVMI_ANSWER_MAX, INT32_MAX, UINT32_MAX
+        0, 4, KVMI_ANSWER_LEN, sizeof(KvmiAnswer), 4096, KVMI_ANSWER_MAX, INT32_MAX, UINT32_MAX
     };
     uint32_t size = limits[g_rand_int_range(r, 0, ARRAY_SIZE(limits))];
 
