@@ -220,6 +220,11 @@ static uint64_t matching_ids(const KvmiId *table, const char *pattern)
     const KvmiId *entry;
     uint64_t ids = 0;
 
+    /* GLib's patterns must be UTF-8, which a command line need not be */
+    if (!g_utf8_validate(pattern, -1, NULL)) {
+        return 0;
+    }
+
     for (entry = table; entry->name; entry++) {
         if (g_pattern_match_simple(pattern, entry->name)) {
             ids |= 1ULL << entry->id;
