@@ -355,7 +355,7 @@ def libvirt_reset(d):
             with Watched(d, w, behaviour) as o:
                 d.virsh("reset")
             o.check("reset")
-            d.wait_alive(60)
+            d.rebooted()
             hooked_again(d, w, o.told)
 
 
@@ -368,7 +368,7 @@ def libvirt_reboot_shutdown_start(d):
             d.virsh("reboot", "--mode", "acpi")
             d.qmp.event("RESET", since=o.mark, timeout=20)
         assert [e["data"] for e in d.qmp.events[o.mark:] if e["event"] == "KVMI_UNHOOKED"]
-        d.wait_alive(60)
+        d.rebooted()
         hooked_again(d, w, o.told)
         for behaviour in ("prompt", "hung"):
             with Watched(d, w, behaviour) as o:

@@ -149,24 +149,25 @@ class Domain(Guest):
         self.disk = self.dir / "disk.qcow2"
         self.monitor = self.dir / "qmp"
         self.emulator, self.kernel, self.initrd = BUILD / "qemu/bin/qemu-system-x86_64", BUILD / "linux/vmlinuz", BUILD / "host/libvirt-guest.cpio"
-        self.new = self.console().rfind("guest: text-physical")     # what is before is of an earlier boot
+        self.new = self.serial_text().rfind("guest: text-physical")     # what is before is of an earlier boot
 
-    def console(self):
+    def serial_text(self):
         return self.serial.read_text(errors="replace") if self.serial.exists() else ""
 
     def output(self):
-        return self.console()[max(self.new, 0):]
+        out = self.serial_text()[max(self.new, 0):]
+        return out[max(out.rfind("guest: text-physical"), 0):]
 
     def text(self):
         """Of the last boot."""
-        out = self.console()
+        out = self.serial_text()
         out = out[out.rfind("guest: text-physical"):]
         start, end = re.search(r"text-physical 0x(\w+) 0x(\w+)", out).groups()
         return int(start, 16), int(end, 16), int(re.search(r"text-virtual 0x(\w+)", out).group(1), 16)
 
     def another(self):
         """The guest boots again, or goes back in time, from now on."""
-        self.new = len(self.console())
+        self.new = len(self.serial_text())
 
     def xml(self, kvmi=True):
         arguments = ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-D", f"{self.dir}/trace.%d", "-msg", "timestamp=on"]
@@ -257,6 +258,11 @@ class Domain(Guest):
     def moved(self):
         self.libvirtd, self.monitor = self.going
         self.booted()
+
+    def rebooted(self):
+        """In the same QEMU, after another()."""
+        wait_until(lambda: "guest: text-physical" in self.output(), 400, "the guest to boot again")
+        self.wait_alive(400)
 
     def booted(self):
         self.attach()
