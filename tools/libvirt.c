@@ -303,8 +303,9 @@ static gboolean fail_errno(GError **error, const char *path)
 /* The socket's folder: what the tool makes in it belongs to QEMU's group */
 static gboolean make_socket_dir(const char *socket, gid_t group, GError **error)
 {
-	char *dir = g_path_get_dirname(socket), *line;
+	char *dir = g_path_get_dirname(socket), *line, *before = NULL;
 	gboolean fine = TRUE;
+	struct stat now;
 
 	if (strcmp(dir, SOCKET_DIR)) {
 		if (access(dir, F_OK))
@@ -315,19 +316,23 @@ static gboolean make_socket_dir(const char *socket, gid_t group, GError **error)
 	g_free(dir);
 	line = g_strdup_printf("# kvmi libvirt: where introspection tools listen for QEMU\n"
 			       "d " SOCKET_DIR " 2750 root %u -\n", group);
-	if (access(SOCKET_DIR, F_OK)) {
+	if (mkdir(SOCKET_DIR, 0750) && errno != EEXIST) {
+		fine = fail_errno(error, SOCKET_DIR);
+	} else if (stat(SOCKET_DIR, &now) || now.st_gid != group ||
+		   (now.st_mode & 07777) != 02750) {
 		/* the group's bit goes when the owner changes */
-		if (mkdir(SOCKET_DIR, 0750) || chown(SOCKET_DIR, 0, group) ||
-		    chmod(SOCKET_DIR, 02750))
+		if (chown(SOCKET_DIR, 0, group) || chmod(SOCKET_DIR, 02750))
 			fine = fail_errno(error, SOCKET_DIR);
 		else
-			done("made " SOCKET_DIR ", for root and the group %u of QEMU", group);
+			done(SOCKET_DIR " is for root and the group %u of QEMU", group);
 	}
-	if (fine && access(TMPFILES, F_OK) && !access("/etc/tmpfiles.d", F_OK)) {
+	g_file_get_contents(TMPFILES, &before, NULL, NULL);
+	if (fine && g_strcmp0(before, line) && !access("/etc/tmpfiles.d", F_OK)) {
 		fine = write_file(TMPFILES, line, 0644, error);
 		if (fine)
 			done("wrote " TMPFILES ", which makes it again after a reboot");
 	}
+	g_free(before);
 	g_free(line);
 
 	return fine;
