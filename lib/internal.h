@@ -32,6 +32,7 @@
 #define HELLO_MAX_SIZE 65536
 
 #define SHA1_SIZE 20
+#define SHA256_SIZE 32
 
 #define INPUT_SIZE 65536
 
@@ -48,6 +49,25 @@ struct wire_hello {
 struct wire_hello_answer {
 	uint32_t struct_size;
 	uint8_t cookie_hash[SHA1_SIZE];
+};
+
+/* What both have more with auth=hmac; see QEMU's docs/interop/kvmi.rst */
+#define HELLO_HMAC_SIZE 144
+#define AUTH_HMAC 1
+
+struct wire_hmac_answer {
+	uint32_t struct_size;	/* 96 */
+	uint8_t cookie_hash[SHA1_SIZE];	/* 0 */
+	uint32_t auth;
+	uint32_t padding;
+	uint8_t nonce[SHA256_SIZE];
+	uint8_t proof[SHA256_SIZE];
+};
+
+struct wire_hmac_proof {
+	uint32_t struct_size;
+	uint32_t padding;
+	uint8_t proof[SHA256_SIZE];
 };
 
 enum pending_state {
@@ -84,6 +104,7 @@ struct open_event {
 enum vm_state {
 	VM_HELLO,		/* waiting for QEMU's part of the handshake */
 	VM_GREETED,		/* it has come; ours is due */
+	VM_PROVING,		/* ours has gone; QEMU has to prove who it is */
 	VM_RUNNING,
 	VM_BROKEN,		/* closed or failed: see broken */
 };
@@ -105,8 +126,11 @@ struct kvmi_vm {
 	struct kvmi_error broken;
 
 	uint8_t cookie_hash[SHA1_SIZE];
-	size_t hello_size;	/* 0 until known */
-	size_t hello_got;
+	bool mutual;		/* nothing but auth=hmac will do */
+	size_t secret_size;
+	uint8_t secret[KVMI_SECRET_MAX];
+	uint8_t hello_bytes[HELLO_HMAC_SIZE];
+	uint8_t proof[SHA256_SIZE];	/* that QEMU has to send */
 	struct kvmi_vm_hello hello;
 	struct kvmi_vm_version version;
 
@@ -146,6 +170,11 @@ enum kvmi_status status_of_kvm(int kvm_error);
 
 /* sha1.c */
 void sha1(const void *data, size_t size, uint8_t digest[SHA1_SIZE]);
+
+/* sha256.c */
+void hmac_sha256(const void *key, size_t key_size, const struct iovec *parts,
+		 int part_count, uint8_t digest[SHA256_SIZE]);
+bool same_digest(const uint8_t *a, const uint8_t *b);
 
 /* vm.c; all of these take the lock */
 int64_t now_ms(void);

@@ -78,6 +78,7 @@ const char *kvmi_status_name(enum kvmi_status status)
 	case KVMI_ERR_LIMIT: return "limit";
 	case KVMI_ERR_UNMAPPED: return "unmapped";
 	case KVMI_ERR_ANSWERED: return "answered";
+	case KVMI_ERR_AUTH: return "auth";
 	case KVMI_ERR_NOT_ALLOWED: return "not-allowed";
 	case KVMI_ERR_NOT_FOUND: return "not-found";
 	case KVMI_ERR_NOT_STARTED: return "not-started";

@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -31,6 +32,8 @@
 
 _Static_assert(sizeof(struct wire_hello) == 104, "handshake");
 _Static_assert(sizeof(struct wire_hello_answer) == 24, "handshake");
+_Static_assert(sizeof(struct wire_hmac_answer) == 96, "handshake");
+_Static_assert(sizeof(struct wire_hmac_proof) == 40, "handshake");
 _Static_assert(sizeof(struct kvmi_vcpu_event) == 544, "events");
 
 int64_t now_ms(void)
@@ -309,6 +312,8 @@ static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 		return KVMI_OK;
 
 	memcpy(&hello, input, size < sizeof(hello) ? size : sizeof(hello));
+	memcpy(vm->hello_bytes, input, size < sizeof(vm->hello_bytes) ? size :
+	       sizeof(vm->hello_bytes));
 	vm->input_start += size;
 
 	memcpy(vm->hello.uuid, hello.uuid, sizeof(vm->hello.uuid));
@@ -319,6 +324,27 @@ static enum kvmi_status take_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	vm->hello.name[sizeof(vm->hello.name) - 1] = 0;
 
 	vm->state = VM_GREETED;
+
+	return KVMI_OK;
+}
+
+/* QEMU's proof, if it comes: before all else that KVM says */
+static enum kvmi_status take_proof(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	struct wire_hmac_proof proof;
+
+	if (vm->input_end - vm->input_start < sizeof(proof))
+		return KVMI_OK;
+	memcpy(&proof, vm->input + vm->input_start, sizeof(proof));
+	if (proof.struct_size != sizeof(proof) ||
+	    !same_digest(proof.proof, vm->proof)) {
+		fail(&vm->broken, KVMI_ERR_AUTH,
+		     "the other side does not know the secret: it is not the QEMU it should be");
+		disconnect(vm);
+		return copy_broken(vm, err);
+	}
+	vm->input_start += sizeof(proof);
+	vm->state = VM_RUNNING;
 
 	return KVMI_OK;
 }
@@ -585,6 +611,8 @@ static enum kvmi_status take_messages(struct kvmi_vm *vm,
 
 	if (vm->state == VM_HELLO)
 		status = take_hello(vm, err);
+	if (status == KVMI_OK && vm->state == VM_PROVING)
+		status = take_proof(vm, err);
 
 	while (status == KVMI_OK && vm->state == VM_RUNNING) {
 		const uint8_t *input = vm->input + vm->input_start;
@@ -760,21 +788,85 @@ enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
 	return KVMI_OK;
 }
 
+enum kvmi_status kvmi_vm_set_secret(struct kvmi_vm *vm, const void *secret,
+				    size_t size, struct kvmi_error *err)
+{
+	if (!vm || !secret || !size || size > KVMI_SECRET_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no vm, or a secret of %zu bytes: 1 to %d", size,
+			    KVMI_SECRET_MAX);
+
+	lock(vm);
+	memcpy(vm->secret, secret, size);
+	vm->secret_size = size;
+	vm->mutual = true;
+	unlock(vm);
+
+	return KVMI_OK;
+}
+
+/* Our answer with auth=hmac, and what QEMU's has to be */
+static enum kvmi_status prove(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	static const char tool[16] = "kvmi-hmac-tool", qemu[16] = "kvmi-hmac-qemu";
+	struct wire_hmac_answer answer = { .struct_size = sizeof(answer),
+					   .auth = AUTH_HMAC };
+	struct iovec parts[] = {
+		{ (void *)tool, sizeof(tool) },
+		{ vm->hello_bytes, sizeof(vm->hello_bytes) },
+		{ &answer, offsetof(struct wire_hmac_answer, proof) },
+	};
+	enum kvmi_status status;
+	uint32_t size, auth;
+
+	memcpy(&size, vm->hello_bytes, sizeof(size));
+	memcpy(&auth, vm->hello_bytes + sizeof(struct wire_hello), sizeof(auth));
+	if (size < HELLO_HMAC_SIZE || auth != AUTH_HMAC) {
+		fail(&vm->broken, KVMI_ERR_AUTH,
+		     "the other side does not prove who it is: QEMU's kvmi object needs auth=hmac");
+		disconnect(vm);
+		return copy_broken(vm, err);
+	}
+	if (getrandom(answer.nonce, sizeof(answer.nonce), 0) !=
+	    sizeof(answer.nonce))
+		return broken_by_system(vm, err, errno, "random bytes");
+	hmac_sha256(vm->secret, vm->secret_size, parts, 3, answer.proof);
+	parts[0].iov_base = (void *)qemu;
+	parts[2].iov_len = sizeof(answer);
+	hmac_sha256(vm->secret, vm->secret_size, parts, 3, vm->proof);
+	explicit_bzero(vm->secret, sizeof(vm->secret));
+
+	status = append(vm, &answer, sizeof(answer), err);
+	if (status == KVMI_OK)
+		vm->state = VM_PROVING;
+
+	return status;
+}
+
 enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	struct wire_hello_answer answer = { .struct_size = sizeof(answer) };
 	enum kvmi_status status = kvmi_vm_wait_hello(vm, err);
+	int64_t deadline;
 
 	if (status != KVMI_OK)
 		return status;
 
 	lock(vm);
-	if (vm->state == VM_GREETED) {
+	if (vm->state == VM_GREETED && vm->mutual) {
+		status = prove(vm, err);
+	} else if (vm->state == VM_GREETED) {
 		memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
 		status = append(vm, &answer, sizeof(answer), err);
 		if (status == KVMI_OK)
 			vm->state = VM_RUNNING;
 	}
+	deadline = now_ms() + vm->timeout;
+	while (status == KVMI_OK && vm->state == VM_PROVING)
+		status = pump(vm, deadline, err);
+	if (status == KVMI_ERR_TIMEOUT)
+		fail(err, status, "QEMU did not prove that it knows the secret within %d ms",
+		     vm->timeout);
 	unlock(vm);
 
 	return status;

@@ -18,7 +18,7 @@ def test_fuzz_on_debug_kernel(seed):
     output = bytearray()
     with host.Host("amd", kernel=host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")) as h:
         h.start(300)
-        status = h.run([host.need(FUZZER, "build first"), str(seed), "120", "--bound", "60"], 600, output.extend)
+        status = h.run([host.need(FUZZER, "build first"), str(seed), "180", "--bound", "90"], 800, output.extend)
         trouble = h.trouble()
     print(output.decode(errors="replace"))
     assert not trouble, f"the host's kernel complained:\n{trouble}"

@@ -584,7 +584,10 @@ void guest_write_program(uint8_t *mem, const struct guest_cpu *cpu, struct rng *
 
 void guest_init_memory(uint8_t *mem, struct rng *r)
 {
-    memset(mem, 0, DATA_ADDR);
+    /* UD2: nobody slides from one thing to the next */
+    for (uint32_t i = 0; i < DATA_ADDR; i += 2) {
+        memcpy(mem + i, "\x0f\x0b", 2);
+    }
     for (uint32_t i = DATA_ADDR; i < DATA_END; i += 8) {
         *(uint64_t *)(mem + i) = i % 4096 ? rnd(r) : 0xc3;
     }
@@ -605,6 +608,13 @@ void guest_write_page_tables(uint8_t *mem)
     }
     for (uint64_t i = 0; i < 512; i++) {
         pt[1536 + i] = i << 12 | 7;
+    }
+    /*
+     * Code in the very tables that map it keeps QEMU's TCG busy for ever: each
+     * walk sets a bit there, and what has been translated must go.
+     */
+    for (uint64_t i = PT_ADDR / 4096; i < PT_END / 4096; i++) {
+        pt[1536 + i] |= 1ull << 63;
     }
     pt[2048 + 0x1f7] = 0xfee00000 | 0x9f;
 }

@@ -101,6 +101,8 @@ static const char *const commands[MAX_IDS] = {
     [KVMI_VCPU_CONTROL_MSR] = "VCPU_CONTROL_MSR",
     [KVMI_VCPU_CONTROL_SINGLESTEP] = "VCPU_CONTROL_SINGLESTEP",
     [KVMI_VCPU_TRANSLATE_GVA] = "VCPU_TRANSLATE_GVA",
+    [KVMI_VCPU_SET_SREGS] = "VCPU_SET_SREGS",
+    [KVMI_VCPU_SET_MSRS] = "VCPU_SET_MSRS",
 };
 
 static const struct {
@@ -861,7 +863,8 @@ static void check_reply(uint16_t id, const uint8_t *data, size_t size)
 
     switch (id) {
     case KVMI_GET_VERSION:
-        ok = is_zero(((const struct kvmi_get_version_reply *)data)->features.padding, 4);
+        ok = is_zero(((const struct kvmi_get_version_reply *)data)->features.padding,
+                     sizeof(((const struct kvmi_get_version_reply *)data)->features.padding));
         break;
     case KVMI_VM_GET_INFO:
         ok = is_zero(data + 4, size - 4);
@@ -879,6 +882,9 @@ static void check_reply(uint16_t id, const uint8_t *data, size_t size)
             ok &= !(&regs->sregs.cs)[i].padding;
         }
         ok &= is_zero(regs->sregs.gdt.padding, 6) && is_zero(regs->sregs.idt.padding, 6);
+        break;
+    case KVMI_VCPU_SET_MSRS:
+        ok = is_zero(data + 4, 4);
         break;
     case KVMI_VCPU_GET_XSAVE:
         memcpy(&tool.xsave, data, sizeof(tool.xsave));
@@ -1022,6 +1028,7 @@ static uint32_t reply_size(const struct msg *m)
     case KVMI_VCPU_GET_XCR:
     case KVMI_VCPU_GET_MTRR_TYPE:
     case KVMI_VCPU_TRANSLATE_GVA:
+    case KVMI_VCPU_SET_MSRS:
         return 8;
     case KVMI_VCPU_GET_REGISTERS:
         return sizeof(struct kvmi_vcpu_get_registers_reply) + regs->nmsrs * sizeof(struct kvm_msr_entry);
@@ -1170,6 +1177,56 @@ static size_t vm_request(uint16_t id, void *req)
     }
 }
 
+static size_t vcpu_sregs(struct kvm_sregs *sregs, unsigned int vcpu)
+{
+    struct kvm_segment tr;
+
+    if (vcpu < nr_vcpus) {
+        *sregs = vcpus[vcpu].event.common.arch.sregs;
+    }
+    tr = sregs->tr;
+    switch (below(&rng, 8)) {
+    case 0:
+        ((uint8_t *)sregs)[below(&rng, sizeof(*sregs))] ^= 1 << below(&rng, 8);
+        break;
+    case 1:
+        sregs->cr0 ^= 1ull << below(&rng, 32);
+        break;
+    case 2:
+        sregs->cr4 ^= 1ull << below(&rng, 32);
+        break;
+    case 3:
+        sregs->efer ^= 1ull << below(&rng, 16);
+        break;
+    case 4:
+        sregs->cr3 = some_gpa();
+        break;
+    case 5:
+        sregs->apic_base ^= 1ull << below(&rng, 16);
+        break;
+    case 6:
+        sregs->interrupt_bitmap[below(&rng, 4)] ^= 1ull << below(&rng, 64);
+        break;
+    }
+    /* QEMU's TCG gives up if that is nonsense */
+    sregs->tr = tr;
+    sregs->tr.type = TR_TYPE(&vcpus[0].cpu);
+    return sizeof(*sregs);
+}
+
+static size_t vcpu_msrs(struct kvmi_vcpu_set_msrs *req)
+{
+    req->nmsrs = one_in(&rng, 16) ? below(&rng, 600) : below(&rng, 4);
+    for (unsigned int i = 0; i < req->nmsrs && i < 500; i++) {
+        req->entries[i].index = guest_msr(&rng);
+        req->entries[i].data = rnd(&rng) >> below(&rng, 64);
+    }
+    if (req->nmsrs >= 500) {
+        return sizeof(*req);
+    }
+    return sizeof(*req) + req->nmsrs * sizeof(req->entries[0]);
+}
+
 static size_t vcpu_request(uint16_t id, unsigned int vcpu, void *req)
 {
     static const uint8_t crs[] = { 0, 3, 4 };
@@ -1206,6 +1263,10 @@ static size_t vcpu_request(uint16_t id, unsigned int vcpu, void *req)
             regs->rip += below(&rng, 4);
         }
         return sizeof(*regs);
+    case KVMI_VCPU_SET_SREGS:
+        return vcpu_sregs(req, vcpu);
+    case KVMI_VCPU_SET_MSRS:
+        return vcpu_msrs(req);
     case KVMI_VCPU_GET_CPUID:
         ((uint32_t *)req)[0] = (one_in(&rng, 3) ? 0x80000000 : 0) + below(&rng, 0x20);
         ((uint32_t *)req)[1] = below(&rng, 4);
@@ -1373,7 +1434,7 @@ static void answer_events(void)
         if (v->late) {
             v->late--;
             if (one_in(&rng, 8)) {
-                send_command(KVMI_VCPU_SET_REGISTERS, i, true);
+                send_command(one_in(&rng, 3) ? KVMI_VCPU_SET_SREGS : KVMI_VCPU_SET_REGISTERS, i, true);
             }
             continue;
         }

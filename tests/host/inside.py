@@ -202,17 +202,17 @@ class Guest:
         except (Late, OSError):
             raise AssertionError(f"QEMU did not start: status {process.poll()}, it said: {(self.dir / 'stderr').read_text()}") from None
         if alive:
-            self.wait_alive(240)
+            self.wait_alive(400)
         return self
 
     def tell(self, command):
-        """Have the guest itself do something, see guest/busy.c; returns how much it had said before."""
-        said = len(self.output())
-        with socket.socket(socket.AF_UNIX) as console:
-            console.connect(str(self.dir / "console"))
-            console.sendall(command.encode() + b"\n")
-            wait_until(lambda: f"guest: told to {command}" in self.output()[said:], 20, f"the guest to hear '{command}'")
-        return said
+        """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
+        if self.console:
+            self.console.close()
+        # Open until the guest has read it: QEMU forgets what it has not read when we hang up
+        self.console = socket.socket(socket.AF_UNIX)
+        self.console.connect(str(self.dir / "console"))
+        self.console.sendall(command.encode() + b"\n")
 
     def kill(self):
         try:
@@ -256,9 +256,10 @@ class Guest:
             return False
 
     def ask(self, command, answer):
-        """Tell it, and wait for its answer; returns what it has said since."""
-        said = self.tell(command)
-        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 60, f"the guest to say '{answer}'")
+        """tell(), and wait for the answer; returns what it said from then on."""
+        said = len(self.output())
+        self.tell(command)
+        wait_until(lambda: f"guest: {answer}\n" in self.output()[said:], 100, f"the guest to say '{answer}'")
         return self.output()[said:]
 
     def text(self):

@@ -660,20 +660,20 @@ MAP = ("--system-map", str(BUILD / "linux/System.map"))
 @scenario(timeout=240)
 def tool_ps_and_modules(g):
     """kvmi ps and kvmi modules say what the guest's own /proc says; the types are read from its memory."""
-    told = g.ask("list", "told")
+    told = g.ask("list processes", "that was all")
     # PID (COMM) STATE PPID
     expected = {int(pid): (comm, int(ppid)) for pid, comm, ppid in re.findall(r"process (\d+) \((.*)\) \S (\d+) ", told)}
     assert len(expected) > 20, told
     start = time.monotonic()
     found = {p["pid"]: p for p in json_lines(kvmi("ps", "--json", *MAP)[0])}
     print(f"{len(found)} processes after {time.monotonic() - start:.1f} s")
-    # kernel workers come and go
-    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker")}
+    # kernel workers come and go, and children of the guest's program
+    lasting = {pid: e for pid, e in expected.items() if not e[0].startswith("kworker") and (pid == 1 or e[0] != "init")}
     for pid, (comm, ppid) in lasting.items():
         comm = comm[:15]        # /proc knows the rest of a kernel thread's name
         assert pid in found, f"no process {pid} ({comm}) in {found}"
         assert (found[pid]["comm"], found[pid]["ppid"]) == (comm, ppid), f"{found[pid]} instead of {comm} of {ppid}"
-    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith("kworker")}
+    extra = {p["comm"] for p in found.values() if p["pid"] not in expected and not p["comm"].startswith(("kworker", "init"))}
     assert not extra, f"processes the guest does not know: {extra}"
     init = found[1]
     assert not init["kernel"] and int(init["cr3"], 16) and init["uid"] == 0, init
@@ -681,7 +681,7 @@ def tool_ps_and_modules(g):
     # the same with what was given, all threads, and nothing moving
     text = kvmi("ps", "--threads", "--pause", *MAP)[0]
     mine = re.findall(r"^ +1 +(\d+) +0 +0 [RSD] +\w+ init$", text, re.M)
-    assert len(set(mine)) == 3, text        # the guest's program has a thread for each CPU, and the first
+    assert len(set(mine)) >= 3, text        # the guest's program has a thread for each CPU, and the first
     assert "[kthreadd]" in text, text
 
     modules = re.findall(r"module (\w+) (\d+) (\d+) \S+ (\w+) 0x(\w+)", told)
@@ -798,7 +798,6 @@ def tool_trace(g):
 def tool_events_and_stat(g):
     """kvmi events tells of CR3, MSR and page accesses of the running guest, kvmi stat counts them; a stop undoes it before."""
     text = symbols()[HOT[0]] - symbols()["_text"]
-    g.tell("patch")        # the guest changes CR3 often when it patches its kernel
     with Tool("events", "--cr", "3", "--msr", "0xc0000102", "--msr", "0x6e0", "--access", f"{HOT[0]}=r") as t:
         t.event("watching", timeout=40, pages=1)
         cr = t.event("cr", timeout=40, cr=3)
@@ -824,7 +823,6 @@ def tool_events_and_stat(g):
         for what in ("command", "vcpu_command"):
             assert 0 < said[what]["least_us"] <= said[what]["mean_us"] <= said[what]["most_us"], said
         assert t.finish() == 0, "--count does not end it"
-    g.ask("be quiet", "quiet")
     with Tool("events", "--msr", "0x12345", system_map=False) as t:
         assert "message" in t.event("problem", timeout=40)
         t.signal(signal.SIGINT)

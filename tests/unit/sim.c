@@ -115,6 +115,48 @@ bool sim_receive(struct sim *sim)
 	return receive_all(sim->fd, sim->last_body, sim->last.size);
 }
 
+static void sim_mac(struct sim *sim, const char *label, const uint8_t *hello,
+		    const uint8_t *answer, size_t size, uint8_t mac[32])
+{
+	g_autoptr(GHmac) hmac = g_hmac_new(G_CHECKSUM_SHA256,
+					   (const guchar *)sim->secret,
+					   strlen(sim->secret));
+	char padded[16] = { 0 };
+	gsize length = 32;
+
+	memcpy(padded, label, strlen(label));
+	g_hmac_update(hmac, (const guchar *)padded, sizeof(padded));
+	g_hmac_update(hmac, hello, 144);
+	g_hmac_update(hmac, answer, size);
+	g_hmac_get_digest(hmac, mac, &length);
+}
+
+/* The rest of the handshake with auth=hmac, as docs/interop/kvmi.rst has it */
+static bool prove(struct sim *sim, const uint8_t *hello)
+{
+	uint8_t answer[96], mac[32], proof[40] = { 40 };
+	uint32_t number;
+
+	if (!receive_all(sim->fd, answer, sizeof(answer)))
+		return false;
+	memcpy(&number, answer, 4);
+	g_assert_cmpuint(number, ==, 96);
+	memcpy(&number, answer + 24, 4);
+	g_assert_cmpuint(number, ==, 1);
+	memcpy(sim->cookie, answer + 4, sizeof(sim->cookie));
+	memcpy(sim->nonce, answer + 32, sizeof(sim->nonce));
+	sim_mac(sim, "kvmi-hmac-tool", hello, answer, 64, mac);
+	sim->good_proof = !memcmp(mac, answer + 64, 32);
+	if (!sim->good_proof)
+		return false;
+	sim_mac(sim, "kvmi-hmac-qemu", hello, answer, 96, proof + 8);
+	if (sim->bad_proof)
+		proof[39] ^= 1;
+	sim_send(sim, proof, sizeof(proof));
+
+	return true;
+}
+
 bool sim_handshake(struct sim *sim)
 {
 	struct {
@@ -140,8 +182,16 @@ bool sim_handshake(struct sim *sim)
 	G_STATIC_ASSERT(sizeof(hello) == 104);
 	if (sim->hello_size)
 		hello.struct_size = sim->hello_size;
+	if (sim->secret)
+		hello.struct_size = 144;
 	memcpy(bytes, &hello, sizeof(hello));
+	if (sim->secret) {
+		bytes[104] = 1;
+		memset(bytes + 112, 0x77, 32);
+	}
 	sim_send(sim, bytes, hello.struct_size);
+	if (sim->secret)
+		return prove(sim, bytes);
 	if (!receive_all(sim->fd, &answer, sizeof(answer)))
 		return false;
 	g_assert_cmpuint(answer.struct_size, ==, sizeof(answer));

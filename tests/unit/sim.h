@@ -30,6 +30,10 @@ struct sim {
 	int event_before;		/* an event before this answer */
 	unsigned int answer_size;	/* cut (or stretch) answers to this */
 
+	const char *secret;		/* auth=hmac */
+	bool bad_proof;			/* of the simulator's */
+	bool good_proof;		/* of the client's */
+	uint8_t nonce[32];		/* the client's */
 	bool no_singlestep;
 	bool old;			/* a KVM without the later commands */
 	uint16_t write_flags;		/* of the last write */

@@ -209,6 +209,89 @@ static void test_handshake_late_key(void)
 	done(sim, vm);
 }
 
+static void test_hmac(void)
+{
+	uint8_t key[200], data[300];
+	unsigned int length;
+
+	/* against GLib's, around the borders of blocks */
+	memset(key, 0x5a, sizeof(key));
+	memset(data, 0xa5, sizeof(data));
+	for (length = 0; length < 300; length++) {
+		g_autoptr(GHmac) hmac = g_hmac_new(G_CHECKSUM_SHA256, key,
+						   length % 200);
+		struct iovec parts[] = { { data, length / 3 },
+					 { data, length - length / 3 } };
+		uint8_t digest[SHA256_SIZE], expected[SHA256_SIZE];
+		gsize size = sizeof(expected);
+
+		g_hmac_update(hmac, data, length);
+		g_hmac_get_digest(hmac, expected, &size);
+		hmac_sha256(key, length % 200, parts, 2, digest);
+		g_assert_cmpmem(digest, SHA256_SIZE, expected, size);
+		g_assert_true(same_digest(digest, expected));
+		digest[length % SHA256_SIZE] ^= 1;
+		g_assert_false(same_digest(digest, expected));
+	}
+}
+
+/* Both sides prove that they know the secret */
+static void test_handshake_mutual(void)
+{
+	static const uint8_t none[20];
+	uint8_t nonce[32] = { 0 };
+	unsigned int count, i;
+
+	for (i = 0; i < 8; i++) {
+		struct sim *sim = sim_new();
+		enum kvmi_status status;
+		struct kvmi_error err;
+		struct kvmi_vm *vm;
+
+		sim->secret = i == 4 ? NULL : "open sesame";
+		sim->bad_proof = i == 5;
+		sim->piece = i == 1;
+		sim_start(sim, NULL);
+		vm = kvmi_vm_new(sim->client_fd, NULL, 0, NULL);
+		kvmi_vm_set_timeout(vm, 3000, NULL);
+		fails(kvmi_vm_set_secret(vm, "", 0, err), KVMI_ERR_ARGUMENT);
+		fails(kvmi_vm_set_secret(vm, nonce, KVMI_SECRET_MAX + 1, err),
+		      KVMI_ERR_ARGUMENT);
+		if (i < 6)
+			ok(kvmi_vm_set_secret(vm, "open sesame", 11, err));
+		else if (i == 6)
+			ok(kvmi_vm_set_secret(vm, "open barley", 11, err));
+		/* 7: a tool that does not know of it at all */
+		status = kvmi_vm_connect(vm, 0, 0, &err);
+		if (i < 4) {
+			g_assert_cmpint(status, ==, KVMI_OK);
+			g_assert_true(sim->good_proof);
+			g_assert_cmpmem(sim->cookie, 20, none, 20);
+			check_hello(vm);
+			ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+			/* random, thus never the same */
+			g_assert_cmpint(memcmp(nonce, sim->nonce, 32), !=, 0);
+			memcpy(nonce, sim->nonce, 32);
+		} else if (i == 4 || i == 5) {
+			g_assert_cmpint(status, ==, KVMI_ERR_AUTH);
+			g_assert_nonnull(strstr(err.message, i == 4 ?
+						"auth=hmac" : "secret"));
+			fails(kvmi_vm_get_vcpu_count(vm, &count, err),
+			      KVMI_ERR_AUTH);
+			g_assert_cmpint(sim->commands, ==, 0);
+		} else if (i == 6) {
+			g_assert_cmpint(status, ==, KVMI_ERR_CLOSED);
+			g_assert_false(sim->good_proof);
+		}
+		if (i == 7) {
+			/* it waits for more than the cookie */
+			kvmi_vm_shutdown(vm);
+			g_assert_cmpint(status, !=, KVMI_OK);
+		}
+		done(sim, vm);
+	}
+}
+
 static void script_size(struct sim *sim)
 {
 	uint32_t size = sim->hello_size;
@@ -1623,6 +1706,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/good", test_handshake);
 	g_test_add_func("/lib/handshake/pieces", test_handshake_in_pieces);
 	g_test_add_func("/lib/handshake/key", test_handshake_key);
+	g_test_add_func("/lib/hmac", test_hmac);
+	g_test_add_func("/lib/handshake/mutual", test_handshake_mutual);
 	g_test_add_func("/lib/handshake/late-key", test_handshake_late_key);
 	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
 	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);

@@ -87,6 +87,9 @@ enum kvmi_status {
 	KVMI_ERR_LIMIT = 7,	/* too many commands without an answer */
 	KVMI_ERR_UNMAPPED = 8,	/* no such virtual address in the guest */
 	KVMI_ERR_ANSWERED = 9,	/* this event has been answered already */
+	KVMI_ERR_AUTH = 10,	/* the other side does not know the secret, or
+				   has not been asked to; the connection has
+				   been shut down */
 
 	/* Said by KVM: see kvm_error */
 	KVMI_ERR_NOT_ALLOWED = 32,	/* QEMU does not allow it */
@@ -250,6 +253,17 @@ enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err);
 enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
 				      const uint8_t hash[KVMI_KEY_HASH_SIZE],
 				      struct kvmi_error *err);
+
+/*
+ * Before kvmi_vm_connect(): both sides have to prove that they know the secret,
+ * which is not sent (auth=hmac of QEMU's kvmi object, whose key= it is).
+ * kvmi_vm_connect() then fails with KVMI_ERR_AUTH if the other side does not ask
+ * for it or cannot.  size: 1...KVMI_SECRET_MAX bytes.
+ */
+#define KVMI_SECRET_MAX 1024
+
+enum kvmi_status kvmi_vm_set_secret(struct kvmi_vm *vm, const void *secret,
+				    size_t size, struct kvmi_error *err);
 
 /*
  * Waits for the handshake and answers it, checks the version of the protocol, then waits

@@ -19,7 +19,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -148,7 +147,19 @@ static void write_file(const char *name, const char *text)
 		close(fd);
 }
 
-/* The console is slow: no more than the first characters of each line */
+/* The console is slow: no more than is needed */
+static void tell_process(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	int pid, parent;
+	char name[64], state;
+
+	if (f && fscanf(f, "%d (%63[^)]) %c %d", &pid, name, &state, &parent) == 4)
+		printf("guest: process %d (%s) %c %d \n", pid, name, state, parent);
+	if (f)
+		fclose(f);
+}
+
 static void tell_lines(const char *what, const char *path, int length)
 {
 	char line[512];
@@ -171,21 +182,28 @@ static void tell_processes(void)
 		if (entry->d_name[0] < '0' || entry->d_name[0] > '9')
 			continue;
 		snprintf(path, sizeof(path), "/proc/%s/stat", entry->d_name);
-		tell_lines("process", path, 48);
+		tell_process(path);
 	}
 	if (dir)
 		closedir(dir);
 	tell_lines("module", "/proc/modules", 48);
-	printf("guest: told\n");
+	printf("guest: that was all\n");
 }
 
-/* A static key: each change makes the kernel rewrite its own code */
-static void patch_kernel(int on)
+/* With "patch" the kernel rewrites its own code over and over, for a static key, until "be quiet" */
+static atomic_int patching;
+
+static void patch_kernel(void)
 {
-	write_file("/proc/sys/kernel/sched_schedstats", on ? "1" : "0");
-}
+	static int patched;
 
-static atomic_bool patching;
+	if (!patching && !patched)
+		return;
+	patched = !patched;
+	write_file("/proc/sys/kernel/sched_schedstats", patched ? "1" : "0");
+	if (!patching && !patched)
+		printf("guest: quiet\n");
+}
 
 /* What has to come from inside the guest */
 static void *obey(void *unused)
@@ -205,14 +223,14 @@ static void *obey(void *unused)
 			reboot(RB_POWER_OFF);
 		else if (!strcmp(line, "suspend"))
 			write_file("/sys/power/state", "mem");
-		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
-			outb(value, port);
-		else if (!strcmp(line, "list"))
+		else if (!strcmp(line, "list processes"))
 			tell_processes();
 		else if (!strcmp(line, "patch"))
-			patching = true;
+			patching = 1;
 		else if (!strcmp(line, "be quiet"))
-			patching = false;
+			patching = 0;
+		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
+			outb(value, port);
 		else
 			printf("guest: can't %s\n", line);
 		fflush(stdout);
@@ -262,17 +280,11 @@ int main(void)
 	for (long cpu = 0; cpu < cpus; cpu++)
 		start(busy, (void *)cpu);
 	start(obey, NULL);
-	for (bool patched = false, patched_before = false;;) {
+	for (;;) {
 		struct timespec pause = { .tv_nsec = 500000000 };
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
-		if (patching) {
-			patch_kernel(patched = !patched);
-			patched_before = true;
-		} else if (patched_before) {
-			patch_kernel(patched = patched_before = false);
-			printf("guest: quiet\n");
-		}
+		patch_kernel();
 		fflush(stdout);
 		if (!fork())
 			_exit(0);

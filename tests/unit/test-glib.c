@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Connections in a GLib main loop */
+
+#include <string.h>
+
+#include <glib.h>
+#include <glib/gstdio.h>
+
+#include <kvmi/kvmi-glib.h>
+
+#include "sim.h"
+
+struct tool {
+	GMainLoop *loop;
+	struct kvmi_vm *vm;
+	struct kvmi_vm_event *held;
+	unsigned int events, ends, timeouts;
+};
+
+static gboolean on_event(struct kvmi_vm *vm, struct kvmi_vm_event *event,
+			 const struct kvmi_error *err, gpointer context)
+{
+	struct tool *tool = context;
+
+	g_assert_true(vm == tool->vm);
+	if (!event) {
+		g_assert_cmpint(err->status, ==, KVMI_ERR_CLOSED);
+		tool->ends++;
+		g_main_loop_quit(tool->loop);
+		return G_SOURCE_REMOVE;
+	}
+	g_assert_cmpint(event->id, ==, KVMI_EV_PAUSE);
+	tool->events++;
+	/* the first is answered later than the others */
+	if (!tool->held) {
+		tool->held = event;
+		return G_SOURCE_CONTINUE;
+	}
+	g_assert_cmpint(kvmi_vm_reply(vm, event, KVMI_ACTION_CONTINUE, NULL),
+			==, KVMI_OK);
+	kvmi_vm_event_free(event);
+	if (tool->events == 3) {
+		g_assert_cmpint(kvmi_vm_reply(vm, tool->held,
+					      KVMI_ACTION_CONTINUE, NULL),
+				==, KVMI_OK);
+		kvmi_vm_event_free(tool->held);
+	}
+
+	return G_SOURCE_CONTINUE;
+}
+
+static gboolean on_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
+		      gpointer context)
+{
+	static const uint16_t vcpus[] = { 0, 1, 2 };
+	struct tool *tool = context;
+	GSource *source;
+
+	g_assert_nonnull(listener);
+	tool->vm = vm;
+	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, NULL), ==, KVMI_OK);
+	source = kvmi_vm_source_new(vm);
+	g_source_set_callback(source, G_SOURCE_FUNC(on_event), tool, NULL);
+	g_source_attach(source, NULL);
+	g_source_unref(source);
+	/* their events are in the queue when this returns */
+	g_assert_cmpint(kvmi_vm_pause_vcpus(vm, vcpus, 3, true, NULL, NULL), ==,
+			KVMI_OK);
+
+	return G_SOURCE_REMOVE;
+}
+
+static gboolean on_timeout(gpointer context)
+{
+	struct tool *tool = context;
+
+	/* the peer goes when all has been answered */
+	tool->timeouts++;
+
+	return G_SOURCE_CONTINUE;
+}
+
+static void serve(struct sim *sim)
+{
+	if (!sim_handshake(sim))
+		return;
+	while (sim->replies < 3 && sim_receive(sim))
+		sim_serve_one(sim);
+}
+
+static void test_loop(void)
+{
+	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(folder, "socket", NULL);
+	struct tool tool = { .loop = g_main_loop_new(NULL, FALSE) };
+	struct kvmi_listener *listener;
+	struct sim *sim = g_new0(struct sim, 1);
+	GSource *source;
+	guint timer;
+
+	listener = kvmi_listener_new_unix(path, 0, NULL);
+	g_assert_nonnull(listener);
+	source = kvmi_listener_source_new(listener);
+	g_source_set_callback(source, G_SOURCE_FUNC(on_vm), &tool, NULL);
+	g_source_attach(source, NULL);
+	timer = g_timeout_add(10, on_timeout, &tool);
+	sim->script = serve;
+	sim_connect(sim, path);
+	g_main_loop_run(tool.loop);
+	g_assert_cmpint(tool.events, ==, 3);
+	g_assert_cmpint(tool.ends, ==, 1);
+	/* a source that is always ready would have starved this one */
+	g_assert_true(g_source_is_destroyed(source));
+	g_source_unref(source);
+	g_source_remove(timer);
+	kvmi_vm_close(tool.vm);
+	sim_stop(sim);
+	kvmi_listener_free(listener);
+	g_main_loop_unref(tool.loop);
+	g_free(sim);
+	g_rmdir(folder);
+}
+
+int main(int argc, char **argv)
+{
+	g_test_init(&argc, &argv, NULL);
+	g_test_add_func("/glib/loop", test_loop);
+
+	return g_test_run();
+}
