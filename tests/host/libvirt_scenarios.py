@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import BUILD, HOT, Guest, Late, QMPError, Watch, symbols, wait_until
+from inside import BUILD, HOT, Guest, Watch, symbols, wait_until
 from scenarios import breakpoint_offsets, code, hook, info, same_memory, wait_state
 from virsh import Domain, Libvirtd, VirshError
 
@@ -125,7 +125,7 @@ class Watched:
             assert said[:3] == [("notified", "unhook"), ("clean", None), ("closed", "unhook")], said
 
 
-def pristine(path, text, before):
+def pristine(path, before):
     """The file holds the guest's memory, and the watched functions in it begin with what the kernel has there."""
     s = symbols()
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -227,14 +227,14 @@ def libvirt_suspend_default_deadline(d):
 @scenario()
 def libvirt_save_restore(d):
     """virsh save: no breakpoint in the file, and a tool again after virsh restore."""
-    before, text = code(d), d.text()
+    before = code(d)
     saved = d.dir / "saved"
     with tool(d) as w:
         for behaviour in ("prompt", "slow", "hung"):
             with Watched(d, w, behaviour) as o:
                 d.virsh("save", saved)
             o.check("stop", ended=True)
-            pristine(saved, text, before)
+            pristine(saved, before)
             told = w.mark()
             d.libvirtd.virsh("restore", saved)
             d.booted()
@@ -251,13 +251,13 @@ def libvirt_save_restore(d):
 @scenario()
 def libvirt_managedsave(d):
     """virsh managedsave, and virsh start from it."""
-    before, text = code(d), d.text()
+    before = code(d)
     with tool(d) as w:
         for behaviour in ("prompt", "hung"):
             with Watched(d, w, behaviour) as o:
                 d.virsh("managedsave")
             o.check("stop", ended=True)
-            pristine(f"/var/lib/libvirt/qemu/save/{d.name}.save", text, before)
+            pristine(f"/var/lib/libvirt/qemu/save/{d.name}.save", before)
             told = w.mark()
             d.virsh("start")
             d.booted()
@@ -268,7 +268,7 @@ def libvirt_managedsave(d):
 @scenario()
 def libvirt_snapshot_internal(d):
     """A snapshot with memory inside the disk image, and back to it: what libvirt saves is without breakpoints."""
-    before, text = code(d), d.text()
+    before = code(d)
     with tool(d) as w:
         for behaviour in ("prompt", "hung"):
             with Watched(d, w, behaviour) as o:
@@ -276,7 +276,7 @@ def libvirt_snapshot_internal(d):
                 d.virsh("snapshot-create-as", behaviour)
             o.check("stop")
             hooked_again(d, w, told)
-            pristine(d.disk, text, before)
+            pristine(d.disk, before)
         told = w.mark()
         d.another()
         d.virsh("snapshot-revert", "prompt")        # libvirt 9 does it by a new QEMU, later ones need not
@@ -289,7 +289,7 @@ def libvirt_snapshot_internal(d):
 @scenario()
 def libvirt_snapshot_external(d):
     """A snapshot with memory in a file of its own; with --live, the guest runs while its memory is written."""
-    before, text = code(d), d.text()
+    before = code(d)
     memory = d.dir / "snapshot.memory"
     with tool(d) as w:
         for behaviour, live in (("prompt", ()), ("hung", ()), ("prompt", ("--live",)), ("hung", ("--live",))):
@@ -301,7 +301,7 @@ def libvirt_snapshot_external(d):
                         f"vda,snapshot=external,file={d.dir}/overlay.qcow2", *live)
             o.check("migrate" if live else "stop")
             hooked_again(d, w, told)
-            pristine(memory, text, before)
+            pristine(memory, before)
             d.virsh("blockcommit", "vda", "--active", "--pivot")
             d.virsh("snapshot-delete", "outside", "--metadata")
             memory.unlink()
@@ -311,7 +311,7 @@ def libvirt_snapshot_external(d):
 @scenario()
 def libvirt_dump(d):
     """virsh dump in its forms; none has a breakpoint in it."""
-    before, text = code(d), d.text()
+    before = code(d)
     path = d.dir / "core"
     with tool(d) as w:
         for behaviour, options, action in (("prompt", ["--memory-only"], "stop"), ("hung", ["--memory-only"], "stop"),
@@ -325,20 +325,20 @@ def libvirt_dump(d):
                 d.virsh("dump", path, *options)
             o.check(action)
             hooked_again(d, w, told)
-            pristine(path, text, before)
+            pristine(path, before)
             path.unlink()
 
 
 @scenario()
 def libvirt_dump_crash(d):
     """virsh dump --crash ends the domain after the dump."""
-    before, text = code(d), d.text()
+    before = code(d)
     path = d.dir / "core"
     with tool(d) as w:
         with Watched(d, w) as o:
             d.virsh("dump", path, "--crash", "--memory-only")
         o.check("stop", ended=True)
-        pristine(path, text, before)
+        pristine(path, before)
         path.unlink()
         assert d.state() == "shut off"
         told = w.mark()
