@@ -27,6 +27,7 @@ int events_main(int argc, char **argv);
 int stat_main(int argc, char **argv);
 int trace_main(int argc, char **argv);
 int protect_main(int argc, char **argv);
+int libvirt_main(int argc, char **argv);	/* if built with libvirt */
 
 /* -1 unless text is a number in [least, most] */
 int parse_number(const char *text, uint64_t least, uint64_t most,

@@ -38,6 +38,9 @@ static const char help[] =
 "\n"
 "Others:\n"
 "  doctor   tell whether this host is ready, and what is missing\n"
+#ifdef WITH_LIBVIRT
+"  libvirt  give a domain of libvirt the kvmi object, take it away, tell its state\n"
+#endif
 "\n"
 "'kvmi COMMAND --help' tells about each.\n";
 
@@ -125,6 +128,9 @@ int main(int argc, char **argv)
 		{ "doctor", doctor_main },
 		{ "trace", trace_main },
 		{ "protect", protect_main },
+#ifdef WITH_LIBVIRT
+		{ "libvirt", libvirt_main },
+#endif
 	};
 	size_t i;
 
@@ -148,6 +154,12 @@ int main(int argc, char **argv)
 		if (!strcmp(argv[1], commands[i].name))
 			return commands[i].run(argc - 1, argv + 1);
 
+#ifndef WITH_LIBVIRT
+	if (!strcmp(argv[1], "libvirt")) {
+		complain("this kvmi was built without libvirt: install libvirt-dev, libxml2-dev and libjson-glib-dev, then ./configure again");
+		return EXIT_PROBLEM;
+	}
+#endif
 	complain("there is no command %s; see kvmi --help", argv[1]);
 
 	return EXIT_USAGE;

@@ -171,7 +171,7 @@ class Host:
             # KASAN takes good addresses for wild ones in an interrupt while identify_cpu() sets up LA57's CPU flag anew.
             kvm += " no5lvl"
         return (f"kvmi_host={self.vendor} {kvm} loglevel=5 mitigations=off panic=-1 tsc=reliable no_timer_check nowatchdog "
-                "random.trust_cpu=1 audit=0 apparmor=0 cryptomgr.notests 8250.nr_uarts=2")
+                "random.trust_cpu=1 audit=0 cryptomgr.notests 8250.nr_uarts=2" + (" apparmor=0" if self.vendor == "intel" else ""))
 
     def amd_boot(self):
         qemu = need(BUILD / "qemu/bin/qemu-system-x86_64", "build QEMU first")

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """libvirt in the AMD host: the daemons, virsh, and the domain that the libvirt scenarios share.
 
-The daemons are Debian's, configured for a host without systemd, cgroups and a user of QEMU's own; all of it lives in the
-host's scratch /etc, /run and /var.
+The daemons are Debian's, configured for a host without systemd and cgroups; QEMU runs as root, so that it can read the build
+folder, but for one scenario. All of it lives in the host's scratch /etc, /run and /var.
 """
 import os
 import re
+import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import inside
-from inside import BUILD, HOT, QMP, Guest, Late, QMPError, Watch, symbols, wait_until
+from inside import BUILD, QMP, Guest, Late, QMPError, wait_until
 
 HOST_UUID = "6b766d69-0000-4000-8000-0000000000{:02x}"
 
@@ -45,8 +45,9 @@ class Job:
 class Libvirtd:
     """One host's libvirtd. A second one, for migration, lives in a mount namespace of its own."""
 
-    def __init__(self, name="one"):
-        self.name = name
+    def __init__(self, name="one", stock=False):
+        """stock: QEMU runs as the user and in the name space that Debian has for it."""
+        self.name, self.stock = name, stock
         self.dir = Path("/run/libvirt-" + name)
         self.uri = "qemu:///system"
         self.prefix = []
@@ -67,6 +68,13 @@ class Libvirtd:
         self.dir.mkdir(parents=True, exist_ok=True)
         script = self.dir / "start"
         number = 1 if self.name == "one" else 2
+        user = "" if self.stock else """
+user = "root"
+group = "root"
+dynamic_ownership = 0
+remember_owner = 0
+security_driver = "none"
+namespaces = []"""
         private = "" if self.name == "one" else f"""
             for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
                 mkdir -p $d
@@ -81,15 +89,10 @@ class Libvirtd:
             grep -q libvirt-qemu /etc/group || echo libvirt-qemu:x:64055: >>/etc/group
             grep -q libvirt-qemu /etc/passwd ||
                 echo libvirt-qemu:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin >>/etc/passwd
+            chmod 666 /dev/kvm
             {private}
             mkdir -p /etc/libvirt /run/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt
-            cat >/etc/libvirt/qemu.conf <<END
-user = "root"
-group = "root"
-dynamic_ownership = 0
-remember_owner = 0
-security_driver = "none"
-namespaces = []
+            cat >/etc/libvirt/qemu.conf <<END{user}
 cgroup_controllers = []
 migration_port_min = {49132 + 20 * number}
 migration_port_max = {49151 + 20 * number}
@@ -98,7 +101,7 @@ END
 auth_unix_rw = "none"
 unix_sock_group = "root"
 host_uuid = "{HOST_UUID.format(number)}"
-log_filters = "1:qemu.qemu_monitor 3:*"
+log_filters = "3:*"
 log_outputs = "1:file:{self.dir}/log"
 END
             virtlogd -d -p {self.dir}/virtlogd.pid
@@ -123,11 +126,11 @@ END
                 pass
         wait_until(lambda: not self.running(), 20, "libvirtd's end")
 
-    def begin(self, *words, timeout=60):
+    def begin(self, *words, timeout=180):
         """Start a virsh; its result() has the output."""
         return Job(["virsh", "-c", self.uri, "-q", *(str(w) for w in words)], timeout)
 
-    def virsh(self, *words, timeout=60):
+    def virsh(self, *words, timeout=180):
         return self.begin(*words, timeout=timeout).result()
 
     def log(self):
@@ -144,21 +147,41 @@ class Domain(Guest):
         self.serial = self.dir / "serial"
         self.trace = self.dir / "trace"
         self.disk = self.dir / "disk.qcow2"
+        self.monitor = self.dir / "qmp"
+        self.emulator, self.kernel, self.initrd = BUILD / "qemu/bin/qemu-system-x86_64", BUILD / "linux/vmlinuz", BUILD / "host/libvirt-guest.cpio"
+        self.new = self.serial_text().rfind("guest: text-physical")     # what is before is of an earlier boot
+
+    def serial_text(self):
+        return self.serial.read_text(errors="replace") if self.serial.exists() else ""
+
+    def output(self):
+        out = self.serial_text()[max(self.new, 0):]
+        return out[max(out.rfind("guest: text-physical"), 0):]
+
+    def text(self):
+        """Of the last boot."""
+        out = self.serial_text()
+        out = out[out.rfind("guest: text-physical"):]
+        start, end = re.search(r"text-physical 0x(\w+) 0x(\w+)", out).groups()
+        return int(start, 16), int(end, 16), int(re.search(r"text-virtual 0x(\w+)", out).group(1), 16)
+
+    def another(self):
+        """The guest boots again, or goes back in time, from now on."""
+        self.new = len(self.serial_text())
 
     def xml(self, kvmi=True):
-        """Dies by what a test expects it to survive: destroy means that."""
-        arguments = ["-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-D", self.trace, "-msg", "timestamp=on"]
+        arguments = ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-D", f"{self.dir}/trace.%d", "-msg", "timestamp=on"]
         if kvmi:
             arguments += ["-trace", "kvmi_*", "-trace", "stop_gate_*",
                           "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", "kvmi,id=kvmi0,chardev=tool"]
         return f"""<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{self.name}</name>
   <memory unit='MiB'>256</memory>
-  <vcpu>2</vcpu>
+  <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
-    <kernel>{BUILD}/linux/vmlinuz</kernel>
-    <initrd>{BUILD}/host/libvirt-guest.cpio</initrd>
+    <kernel>{self.kernel}</kernel>
+    <initrd>{self.initrd}</initrd>
     <cmdline>{self.cmdline} pci=lastbus=16</cmdline>
   </os>
   <features><acpi/><apic/></features>
@@ -166,7 +189,7 @@ class Domain(Guest):
   <on_reboot>restart</on_reboot>
   <pm><suspend-to-mem enabled='yes'/></pm>
   <devices>
-    <emulator>{BUILD}/qemu/bin/qemu-system-x86_64</emulator>
+    <emulator>{self.emulator}</emulator>
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2'/>
       <source file='{self.disk}'/>
@@ -183,14 +206,22 @@ class Domain(Guest):
 </domain>
 """
 
-    def virsh(self, command, *words, timeout=60):
+    def virsh(self, command, *words, timeout=180):
         return self.libvirtd.virsh(command, self.name, *words, timeout=timeout)
 
-    def begin(self, command, *words, timeout=60):
+    def begin(self, command, *words, timeout=180):
         return self.libvirtd.begin(command, self.name, *words, timeout=timeout)
 
     def state(self):
         return self.virsh("domstate").strip()
+
+    def for_everybody(self):
+        """For a QEMU that isn't root: what it needs, where it can read it."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        os.chown(self.dir, 64055, 64055)
+        shutil.copy(self.emulator, "/usr/local/bin/qemu-kvmi")
+        self.emulator = "/usr/local/bin/qemu-kvmi"
+        self.kernel, self.initrd = (shutil.copy(f, self.dir) for f in (self.kernel, self.initrd))
 
     def create_disk(self):
         subprocess.run([str(BUILD / "qemu/bin/qemu-img"), "create", "-q", "-f", "qcow2", str(self.disk), "64M"], check=True, timeout=30)
@@ -207,15 +238,38 @@ class Domain(Guest):
         self.remove()
         self.define(**options)
         self.create_disk()
+        self.boot()
+        return self
+
+    def boot(self):
+        self.another()
         self.virsh("start")
         self.booted()
-        return self
+
+    def migrate(self, to, *options, timeout=180):
+        """Starts a migration to the other libvirtd; moved() when it has succeeded."""
+        # The QEMU there needs a monitor of its own: the old one takes its socket away when it ends.
+        monitor = self.dir / f"qmp.{to.name}.{time.monotonic_ns()}"
+        xml = self.dir / "migrate.xml"
+        xml.write_text(self.virsh("dumpxml", "--migratable").replace(f"unix:{self.monitor},", f"unix:{monitor},"))
+        self.going = to, monitor
+        return self.begin("migrate", to.uri, "--unsafe", "--migrateuri", "tcp://127.0.0.1", "--xml", xml, *options, timeout=timeout)
+
+    def moved(self):
+        self.libvirtd, self.monitor = self.going
+        self.booted()
+
+    def rebooted(self):
+        """In the same QEMU, after another()."""
+        wait_until(lambda: "guest: text-physical" in self.output(), 400, "the guest to boot again")
+        self.wait_alive(400)
 
     def booted(self):
         self.attach()
-        self.wait_alive(120)
+        self.wait_alive(400)
 
     def remove(self):
+        """From where it is, and the files."""
         for words in (("destroy",), ("undefine", "--managed-save", "--snapshots-metadata")):
             try:
                 self.virsh(*words)
@@ -227,7 +281,8 @@ class Domain(Guest):
         """A QMP connection to the QEMU that runs now."""
         if self.qmp:
             self.qmp.close()
-        self.qmp = QMP(self.dir / "qmp")
+        self.qmp = QMP(self.monitor)
+        self.trace = max(self.dir.glob("trace.*"), key=lambda p: p.stat().st_mtime, default=self.trace)
 
     def kill(self):
         self.remove()

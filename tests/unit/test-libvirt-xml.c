@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What "kvmi libvirt" does to the XML of domains of several shapes */
+
+#include <glib.h>
+#include <string.h>
+
+#include "libvirt-xml.h"
+
+#define DEVICES \
+"  <devices>\n" \
+"    <emulator>/usr/bin/qemu-system-x86_64</emulator>\n" \
+"    <disk type=\"file\" device=\"disk\">\n" \
+"      <driver name=\"qemu\" type=\"qcow2\"/>\n" \
+"      <source file=\"/var/lib/libvirt/images/a &amp; b.qcow2\"/>\n" \
+"      <target dev=\"vda\" bus=\"virtio\"/>\n" \
+"    </disk>\n" \
+"  </devices>\n"
+#define QEMU "xmlns:qemu=\"http://libvirt.org/schemas/domain/qemu/1.0\""
+
+static const struct shape {
+	const char *name;
+	const char *xml;
+} shapes[] = {
+	{ "plain",
+	  "<domain type=\"kvm\">\n  <name>guest</name>\n"
+	  "  <!-- edited by hand -->\n" DEVICES "</domain>\n" },
+	{ "metadata",
+	  "<domain type=\"kvm\" id=\"7\">\n  <name>guest</name>\n  <metadata>\n"
+	  "    <libosinfo:libosinfo xmlns:libosinfo=\"http://libosinfo.org/xmlns/libvirt/domain/1.0\">\n"
+	  "      <libosinfo:os id=\"http://debian.org/debian/12\"/>\n"
+	  "    </libosinfo:libosinfo>\n  </metadata>\n  <title>Grüße &lt;1&gt;</title>\n"
+	  DEVICES
+	  "  <seclabel type=\"dynamic\" model=\"apparmor\" relabel=\"yes\"/>\n</domain>\n" },
+	{ "commandline",
+	  "<domain " QEMU " type=\"kvm\">\n  <name>guest</name>\n" DEVICES
+	  "  <qemu:commandline>\n    <qemu:arg value=\"-object\"/>\n"
+	  "    <qemu:arg value=\"secret,id=other,data=x\"/>\n"
+	  "    <qemu:arg value=\"-chardev\"/>\n"
+	  "    <qemu:arg value=\"socket,id=other,path=/run/other,server=on\"/>\n"
+	  "    <qemu:env name=\"A\" value=\"B\"/>\n  </qemu:commandline>\n</domain>\n" },
+	{ "capabilities",
+	  "<domain " QEMU " type=\"kvm\">\n  <name>guest</name>\n" DEVICES
+	  "  <qemu:capabilities>\n    <qemu:del capability=\"blockdev\"/>\n"
+	  "  </qemu:capabilities>\n</domain>\n" },
+	{ "one line",
+	  "<domain type=\"kvm\"><name>guest</name><devices>"
+	  "<emulator>/usr/bin/kvm</emulator></devices></domain>\n" },
+	{ "CDATA and entities",
+	  "<domain type=\"kvm\">\n  <name>guest</name>\n"
+	  "  <description><![CDATA[a <b> & c]]>&#10;second line</description>\n" DEVICES
+	  "</domain>\n" },
+};
+
+static char *as_is(const char *xml)
+{
+	GError *error = NULL;
+	char *text = domain_xml_disable(xml, &error);
+
+	g_assert_no_error(error);
+
+	return text;
+}
+
+static void test_round_trip(gconstpointer data)
+{
+	const struct shape *shape = data;
+	static const struct domain_setup setups[] = {
+		{ .socket = (char *)"/run/kvmi/guest.sock", .key_file = (char *)"/etc/kvmi/keys/guest.key" },
+		{ .socket = (char *)"/run/a,b=c/s", .key_file = NULL },
+		{ .socket = (char *)"/run/<&>.sock", .key_file = (char *)"/a,,b",
+		  .emulator = (char *)"/opt/kvmi/bin/qemu-system-x86_64" },
+	};
+	char *before = as_is(shape->xml), *xml = g_strdup(before), *foreign;
+	struct domain_setup found;
+	GError *error = NULL;
+	gboolean enabled;
+	size_t i;
+
+	g_assert_nonnull(strstr(before, "guest</name>"));
+	/* one after the other: each takes the place of the one before */
+	for (i = 0; i < G_N_ELEMENTS(setups); i++) {
+		char *with = domain_xml_enable(xml, &setups[i], &error), *back;
+
+		g_assert_no_error(error);
+		g_assert_cmpstr(with, !=, xml);
+		g_assert_true(domain_xml_read(with, &enabled, &found, &foreign, &error));
+		g_assert_true(enabled);
+		g_assert_null(foreign);
+		g_assert_cmpstr(found.socket, ==, setups[i].socket);
+		g_assert_cmpstr(found.key_file, ==, setups[i].key_file);
+		if (setups[i].emulator)
+			g_assert_cmpstr(found.emulator, ==, setups[i].emulator);
+		domain_setup_clear(&found);
+
+		back = domain_xml_disable(with, &error);
+		g_assert_no_error(error);
+		g_assert_cmpstr(back, ==, before);
+		g_free(back);
+		g_free(xml);
+		xml = with;
+	}
+	g_free(xml);
+	xml = domain_xml_disable(before, &error);
+	g_assert_cmpstr(xml, ==, before);
+	g_assert_true(domain_xml_read(xml, &enabled, &found, &foreign, &error));
+	g_assert_false(enabled);
+	domain_setup_clear(&found);
+	g_free(xml);
+	g_free(before);
+}
+
+static void test_arguments(void)
+{
+	struct domain_setup setup = { .socket = (char *)"/run/a,b.sock", .key_file = (char *)"/k" };
+	char *xml = domain_xml_enable(shapes[0].xml, &setup, NULL);
+
+	/* what QEMU will read */
+	g_assert_nonnull(strstr(xml, "<qemu:commandline>\n    <qemu:arg value=\"-chardev\"/>\n"
+				"    <qemu:arg value=\"socket,id=kvmi0-tool,path=/run/a,,b.sock,server=off,reconnect-ms=1000\"/>\n"
+				"    <qemu:arg value=\"-object\"/>\n    <qemu:arg value=\"secret,id=kvmi0-key,file=/k\"/>\n"
+				"    <qemu:arg value=\"-object\"/>\n    <qemu:arg value=\"kvmi,id=kvmi0,chardev=kvmi0-tool,key=kvmi0-key\"/>\n"
+				"  </qemu:commandline>\n</domain>"));
+	g_free(xml);
+}
+
+/* Changes that were made while it was enabled stay */
+static void test_changed_meanwhile(void)
+{
+	struct domain_setup setup = { .socket = (char *)"/run/s", .emulator = (char *)"/opt/qemu" };
+	char *xml = domain_xml_enable(shapes[2].xml, &setup, NULL);
+	GString *text = g_string_new(xml);
+	char *back;
+
+	g_string_replace(text, "<name>guest</name>", "<name>other</name>", 1);
+	g_string_replace(text, "  </qemu:commandline>", "    <qemu:arg value=\"-S\"/>\n  </qemu:commandline>", 1);
+	back = domain_xml_disable(text->str, NULL);
+	g_assert_nonnull(strstr(back, "<name>other</name>"));
+	g_assert_nonnull(strstr(back, "value=\"-S\""));
+	g_assert_nonnull(strstr(back, "id=other,path=/run/other"));
+	g_assert_nonnull(strstr(back, "<emulator>/usr/bin/qemu-system-x86_64</emulator>"));
+	g_assert_null(strstr(back, "kvmi"));
+	g_free(back);
+	g_free(xml);
+	g_string_free(text, TRUE);
+}
+
+static void test_foreign(void)
+{
+	static const char *const objects[] = {
+		"kvmi,id=mine,chardev=c", "introspection,id=kvmi0,chardev=c", "id=mine,qom-type=kvmi,chardev=c",
+		"{&quot;qom-type&quot;:&quot;kvmi&quot;,&quot;id&quot;:&quot;a&quot;}",
+	};
+	struct domain_setup setup = { .socket = (char *)"/run/s" }, found;
+	gboolean enabled;
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(objects); i++) {
+		char *xml = g_strdup_printf("<domain " QEMU "><devices/><qemu:commandline><qemu:arg value=\"-object\"/>"
+					    "<qemu:arg value=\"%s\"/></qemu:commandline></domain>", objects[i]);
+		char *foreign = NULL, *same = as_is(xml);
+		GError *error = NULL;
+
+		g_assert_null(domain_xml_enable(xml, &setup, &error));
+		g_assert_nonnull(error);
+		g_assert_nonnull(strstr(error->message, "virsh edit"));
+		g_clear_error(&error);
+		g_assert_true(domain_xml_read(xml, &enabled, &found, &foreign, NULL));
+		g_assert_false(enabled);
+		g_assert_nonnull(foreign);
+		/* not ours to remove */
+		g_assert_nonnull(strstr(same, "-object"));
+		g_free(same);
+		g_free(foreign);
+		g_free(xml);
+	}
+}
+
+static void test_no_domain(void)
+{
+	static const char *const bad[] = { "", "<domain>", "<network/>", "<domain/> rest", "not XML" };
+	struct domain_setup setup = { .socket = (char *)"/run/s" };
+	GError *error = NULL;
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(bad); i++) {
+		g_assert_null(domain_xml_enable(bad[i], &setup, &error));
+		g_assert_nonnull(error);
+		g_clear_error(&error);
+		g_assert_null(domain_xml_disable(bad[i], &error));
+		g_clear_error(&error);
+	}
+	setup.emulator = (char *)"/opt/qemu";
+	g_assert_null(domain_xml_enable("<domain/>", &setup, &error));
+	g_assert_nonnull(strstr(error->message, "<emulator>"));
+	g_clear_error(&error);
+}
+
+static void test_capabilities(void)
+{
+	char *user = capabilities_xml_read(
+		"<capabilities><host><cpu/><secmodel><model>apparmor</model><doi>0</doi></secmodel>"
+		"<secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+106</baselabel>"
+		"<baselabel type='qemu'>+1:+1</baselabel></secmodel></host></capabilities>");
+
+	g_assert_cmpstr(user, ==, "+64055:+106");
+	g_free(user);
+	g_assert_null(capabilities_xml_read("<capabilities><host/></capabilities>"));
+}
+
+int main(int argc, char **argv)
+{
+	size_t i;
+
+	g_test_init(&argc, &argv, NULL);
+	for (i = 0; i < G_N_ELEMENTS(shapes); i++) {
+		char *path = g_strconcat("/libvirt-xml/round-trip/", shapes[i].name, NULL);
+
+		g_test_add_data_func(path, &shapes[i], test_round_trip);
+		g_free(path);
+	}
+	g_test_add_func("/libvirt-xml/arguments", test_arguments);
+	g_test_add_func("/libvirt-xml/changed-meanwhile", test_changed_meanwhile);
+	g_test_add_func("/libvirt-xml/foreign", test_foreign);
+	g_test_add_func("/libvirt-xml/no-domain", test_no_domain);
+	g_test_add_func("/libvirt-xml/capabilities", test_capabilities);
+
+	return g_test_run();
+}

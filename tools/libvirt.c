@@ -1,0 +1,1013 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * kvmi libvirt: gives a domain of libvirt the kvmi object, with all that belongs
+ * to it on a Debian host, takes it away again, and tells how it is doing.
+ */
+
+#include <errno.h>
+#include <getopt.h>
+#include <json-glib/json-glib.h>
+#include <libvirt/libvirt-qemu.h>
+#include <libvirt/libvirt.h>
+#include <libvirt/virterror.h>
+#include <gio/gio.h>
+#include <libxml/parser.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "kvmi.h"
+#include "libvirt-xml.h"
+#include "output.h"
+
+#define SOCKET_DIR "/run/kvmi"
+#define KEY_DIR "/etc/kvmi/keys"
+#define TMPFILES "/etc/tmpfiles.d/kvmi.conf"
+#define APPARMOR "/etc/apparmor.d/"
+/* What each domain's profile includes */
+#define DOMAIN_RULES "abstractions/libvirt-qemu"
+/* How long a tool that is asked to leave keeps its chardev busy, at most */
+#define LEAVE_S 20
+
+static const char help[] =
+"Usage: kvmi libvirt enable DOMAIN [OPTION]...\n"
+"       kvmi libvirt disable DOMAIN\n"
+"       kvmi libvirt status [--json] [DOMAIN]...\n"
+"\n"
+"enable gives a libvirt domain the kvmi object: in its XML and, if it is running,\n"
+"in the running QEMU, too.  It makes the directory of the tool's socket, a secret\n"
+"that the tool has to know, and the AppArmor rules; it says what it changes.\n"
+"disable takes back all of that.  Both work while the domain is shut off.  They\n"
+"have to run on the domain's host, as root.\n"
+"\n"
+"Options of enable:\n"
+"  -s, --socket PATH      where the tool listens\n"
+"                         (default: " SOCKET_DIR "/DOMAIN.sock)\n"
+"      --vsock CID:PORT   the tool listens there instead; only for running domains,\n"
+"                         and only until they are shut off\n"
+"  -k, --key-file FILE    the secret; made if it isn't there\n"
+"                         (default: " KEY_DIR "/DOMAIN.key)\n"
+"      --no-key           whoever listens on the socket is trusted\n"
+"  -e, --emulator FILE    the QEMU with the kvmi object, if the domain's hasn't it\n"
+"\n"
+"status prints a line for each domain: its name; the state of the object (\"off\":\n"
+"not enabled, \"restart\": enabled, but not in the running QEMU); where the tool\n"
+"listens; how the last session ended.\n"
+"  -j, --json             one JSON object a line, with all that QEMU tells\n"
+"\n"
+"  -c, --connect URI      libvirt's URI (default: qemu:///system)\n"
+"  -h, --help             print this\n";
+
+struct options {
+	const char *uri, *socket, *vsock, *key_file, *emulator;
+	bool no_key, json;
+};
+
+static void quiet(void *data, virErrorPtr error)
+{
+	(void)data;
+	(void)error;		/* we print those that matter */
+}
+
+static void G_GNUC_PRINTF(1, 2) done(const char *format, ...)
+{
+	va_list args;
+
+	va_start(args, format);
+	vprintf(format, args);
+	va_end(args);
+	putchar('\n');
+}
+
+/* ---- QEMU's monitor ------------------------------------------------------ */
+
+/* What the command returns, or NULL and why */
+static JsonNode *monitor(virDomain *domain, JsonBuilder *command, GError **error)
+{
+	JsonNode *node = json_builder_get_root(command), *found = NULL;
+	char *text = json_to_string(node, FALSE), *answer = NULL;
+	JsonParser *parser = json_parser_new();
+
+	json_node_unref(node);
+	if (virDomainQemuMonitorCommand(domain, text, &answer, 0)) {
+		g_set_error_literal(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+				    virGetLastErrorMessage());
+	} else if (json_parser_load_from_data(parser, answer, -1, error) &&
+		   JSON_NODE_HOLDS_OBJECT(json_parser_get_root(parser))) {
+		JsonObject *root = json_node_get_object(json_parser_get_root(parser));
+		JsonObject *failure = json_object_has_member(root, "error") ?
+			json_object_get_object_member(root, "error") : NULL;
+
+		if (json_object_has_member(root, "return"))
+			found = json_node_copy(json_object_get_member(root, "return"));
+		else
+			g_set_error_literal(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+					    failure ? json_object_get_string_member(failure, "desc") :
+						      "QEMU gave no answer");
+	}
+	free(answer);
+	g_free(text);
+	g_object_unref(parser);
+
+	return found;
+}
+
+static void put(JsonBuilder *b, const char *name, const char *value)
+{
+	json_builder_set_member_name(b, name);
+	json_builder_add_string_value(b, value);
+}
+
+static void open_member(JsonBuilder *b, const char *name)
+{
+	json_builder_set_member_name(b, name);
+	json_builder_begin_object(b);
+}
+
+static JsonBuilder *start_command(const char *name)
+{
+	JsonBuilder *b = json_builder_new();
+
+	json_builder_begin_object(b);
+	put(b, "execute", name);
+	open_member(b, "arguments");
+
+	return b;
+}
+
+static gboolean run_command(virDomain *domain, JsonBuilder *b, GError **error)
+{
+	JsonNode *node;
+
+	json_builder_end_object(b);
+	json_builder_end_object(b);
+	node = monitor(domain, b, error);
+	g_object_unref(b);
+	if (node)
+		json_node_unref(node);
+
+	return node != NULL;
+}
+
+static gboolean delete(virDomain *domain, const char *command, const char *id,
+		       GError **error)
+{
+	JsonBuilder *b = start_command(command);
+
+	put(b, "id", id);
+
+	return run_command(domain, b, error);
+}
+
+static JsonNode *query(virDomain *domain, GError **error)
+{
+	JsonBuilder *b = json_builder_new();
+	JsonNode *node;
+
+	json_builder_begin_object(b);
+	put(b, "execute", "query-kvmi");
+	json_builder_end_object(b);
+	node = monitor(domain, b, error);
+	g_object_unref(b);
+
+	return node;
+}
+
+/* Out of a running QEMU; what isn't there needs not to be taken out */
+static gboolean unplug(virDomain *domain, GError **error)
+{
+	gint64 end = g_get_monotonic_time() + LEAVE_S * G_USEC_PER_SEC;
+	GError *local = NULL;
+
+	if (!delete(domain, "object-del", XML_OBJECT_ID, &local)) {
+		/* no such object, or one that is on its way out */
+		g_clear_error(&local);
+	}
+	/* busy until the tool has left */
+	while (!delete(domain, "chardev-remove", XML_CHARDEV_ID, &local)) {
+		if (strstr(local->message, "not found")) {
+			g_clear_error(&local);
+			break;
+		}
+		if (g_get_monotonic_time() > end) {
+			g_propagate_error(error, local);
+			return FALSE;
+		}
+		g_clear_error(&local);
+		g_usleep(200000);
+	}
+	delete(domain, "object-del", XML_KEY_ID, NULL);
+
+	return TRUE;
+}
+
+static gboolean plug(virDomain *domain, const struct domain_setup *setup,
+		     const char *cid, const char *port, GError **error)
+{
+	JsonBuilder *b;
+
+	if (!unplug(domain, error))
+		return FALSE;
+	b = start_command("chardev-add");
+	put(b, "id", XML_CHARDEV_ID);
+	open_member(b, "backend");
+	put(b, "type", "socket");
+	open_member(b, "data");
+	open_member(b, "addr");
+	put(b, "type", cid ? "vsock" : "unix");
+	open_member(b, "data");
+	if (cid) {
+		put(b, "cid", cid);
+		put(b, "port", port);
+	} else {
+		put(b, "path", setup->socket);
+	}
+	json_builder_end_object(b);
+	json_builder_end_object(b);
+	json_builder_set_member_name(b, "server");
+	json_builder_add_boolean_value(b, FALSE);
+	json_builder_set_member_name(b, "reconnect-ms");
+	json_builder_add_int_value(b, 1000);
+	json_builder_end_object(b);
+	json_builder_end_object(b);
+	if (!run_command(domain, b, error))
+		return FALSE;
+	if (setup->key_file) {
+		b = start_command("object-add");
+		put(b, "qom-type", "secret");
+		put(b, "id", XML_KEY_ID);
+		put(b, "file", setup->key_file);
+		if (!run_command(domain, b, error))
+			goto undo;
+	}
+	b = start_command("object-add");
+	put(b, "qom-type", "kvmi");
+	put(b, "id", XML_OBJECT_ID);
+	put(b, "chardev", XML_CHARDEV_ID);
+	if (setup->key_file)
+		put(b, "key", XML_KEY_ID);
+	if (run_command(domain, b, error))
+		return TRUE;
+undo:
+	unplug(domain, NULL);
+
+	return FALSE;
+}
+
+/* ---- the host's files ---------------------------------------------------- */
+
+/* Runs it for not longer than 30 s; its output, or NULL if it failed */
+static char *run(char **argv, char **errors)
+{
+	GPtrArray *words = g_ptr_array_new();
+	char *out = NULL;
+	int status;
+
+	g_ptr_array_add(words, "timeout");
+	g_ptr_array_add(words, "30");
+	while (*argv)
+		g_ptr_array_add(words, *argv++);
+	g_ptr_array_add(words, NULL);
+	if (!g_spawn_sync("/", (char **)words->pdata, NULL, G_SPAWN_SEARCH_PATH,
+			  NULL, NULL, &out, errors, &status, NULL) ||
+	    !g_spawn_check_wait_status(status, NULL))
+		g_clear_pointer(&out, g_free);
+	g_ptr_array_free(words, TRUE);
+
+	return out;
+}
+
+/* By a new file, so that it is always complete */
+static gboolean write_file(const char *path, const char *text, mode_t mode,
+			   GError **error)
+{
+	return g_file_set_contents_full(path, text, strlen(text),
+					G_FILE_SET_CONTENTS_CONSISTENT, mode, error);
+}
+
+static gboolean fail_errno(GError **error, const char *path)
+{
+	int number = errno;
+
+	g_set_error(error, G_FILE_ERROR, g_file_error_from_errno(number), "%s: %s%s",
+		    path, strerror(number), number == EACCES || number == EPERM ?
+		    " (this has to be done as root)" : "");
+
+	return FALSE;
+}
+
+/* The socket's folder: what the tool makes in it belongs to QEMU's group */
+static gboolean make_socket_dir(const char *socket, gid_t group, GError **error)
+{
+	char *dir = g_path_get_dirname(socket), *line, *before = NULL;
+	gboolean fine = TRUE;
+	struct stat now;
+
+	if (strcmp(dir, SOCKET_DIR)) {
+		if (access(dir, F_OK))
+			fine = fail_errno(error, dir);
+		g_free(dir);
+		return fine;
+	}
+	g_free(dir);
+	line = g_strdup_printf("# kvmi libvirt: where introspection tools listen for QEMU\n"
+			       "d " SOCKET_DIR " 2750 root %u -\n", group);
+	if (mkdir(SOCKET_DIR, 0750) && errno != EEXIST) {
+		fine = fail_errno(error, SOCKET_DIR);
+	} else if (stat(SOCKET_DIR, &now) || now.st_gid != group ||
+		   (now.st_mode & 07777) != 02750) {
+		/* the group's bit goes when the owner changes */
+		if (chown(SOCKET_DIR, 0, group) || chmod(SOCKET_DIR, 02750))
+			fine = fail_errno(error, SOCKET_DIR);
+		else
+			done(SOCKET_DIR " is for root and the group %u of QEMU", group);
+	}
+	g_file_get_contents(TMPFILES, &before, NULL, NULL);
+	if (fine && g_strcmp0(before, line) && !access("/etc/tmpfiles.d", F_OK)) {
+		fine = write_file(TMPFILES, line, 0644, error);
+		if (fine)
+			done("wrote " TMPFILES ", which makes it again after a reboot");
+	}
+	g_free(before);
+	g_free(line);
+
+	return fine;
+}
+
+static gboolean make_key(const char *path, uid_t user, gid_t group, GError **error)
+{
+	unsigned char bytes[32];
+	GString *text;
+	char *dir;
+	gboolean fine;
+	size_t i;
+
+	if (!access(path, F_OK)) {
+		done("the secret is that in %s", path);
+		return TRUE;
+	}
+	/* a folder that isn't there is one of ours */
+	dir = g_path_get_dirname(path);
+	fine = !g_mkdir_with_parents(dir, 0711) || fail_errno(error, dir);
+	g_free(dir);
+	if (!fine)
+		return FALSE;
+	if (getrandom(bytes, sizeof(bytes), 0) != sizeof(bytes))
+		return fail_errno(error, "getrandom");
+	text = g_string_new(NULL);
+	for (i = 0; i < sizeof(bytes); i++)
+		g_string_append_printf(text, "%02x", bytes[i]);
+	fine = write_file(path, text->str, 0400, error);
+	explicit_bzero(bytes, sizeof(bytes));
+	explicit_bzero(text->str, text->len);
+	g_string_free(text, TRUE);
+	if (fine && chown(path, user, group)) {
+		fail_errno(error, path);
+		unlink(path);
+		fine = FALSE;
+	}
+	if (fine)
+		done("made a secret for the tool and QEMU: %s", path);
+
+	return fine;
+}
+
+/* A path in an AppArmor rule: quoted, and what would be a pattern isn't */
+static char *apparmor_path(const char *path)
+{
+	GString *text = g_string_new("\"");
+
+	for (; *path; path++) {
+		if (strchr("\"\\*?[]{}^@", *path))
+			g_string_append_c(text, '\\');
+		g_string_append_c(text, *path);
+	}
+	g_string_append_c(text, '"');
+
+	return g_string_free(text, FALSE);
+}
+
+/* The lines of this domain in /etc/apparmor.d/local/NAME become these (NULL: none).
+ * Returns 1 if that changed the file, 0 if not, -1 if it failed */
+static int local_rules(const char *name, const char *uuid, const char *rules,
+		       GError **error)
+{
+	char *path = g_strconcat(APPARMOR "local/", name, NULL);
+	char *dir = g_path_get_dirname(path);
+	char *mark = g_strdup_printf(" # kvmi libvirt, domain %s", uuid);
+	char *before = NULL, **lines, **line;
+	GString *now = g_string_new(NULL);
+	int result = 0;
+
+	if (!g_file_get_contents(path, &before, NULL, NULL))
+		before = g_strdup("");
+	lines = g_strsplit(before, "\n", -1);
+	for (line = lines; *line; line++)
+		if (!g_str_has_suffix(*line, mark) && (line[1] || **line))
+			g_string_append_printf(now, "%s\n", *line);
+	g_strfreev(lines);
+	lines = g_strsplit(rules ? rules : "", "\n", -1);
+	for (line = lines; *line; line++)
+		if (**line)
+			g_string_append_printf(now, "%s%s\n", *line, mark);
+	g_strfreev(lines);
+	if (strcmp(now->str, before)) {
+		result = 1;
+		if (g_mkdir_with_parents(dir, 0755)) {
+			fail_errno(error, dir);
+			result = -1;
+		} else if (!write_file(path, now->str, 0644, error)) {
+			result = -1;
+		} else {
+			done("%s rules %s %s", rules ? "wrote AppArmor" : "removed AppArmor",
+			     rules ? "to" : "from", path);
+		}
+	}
+	g_free(before);
+	g_free(mark);
+	g_free(dir);
+	g_free(path);
+	g_string_free(now, TRUE);
+
+	return result;
+}
+
+static gboolean parser(const char *action, const char *profile, GError **error)
+{
+	char *argv[] = { "apparmor_parser", (char *)action, (char *)profile, NULL };
+	char *out, *errors = NULL;
+
+	out = run(argv, &errors);
+	if (!out)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "apparmor_parser %s %s failed: %s", action, profile,
+			    errors && *errors ? g_strchomp(errors) : "it could not be started");
+	g_free(errors);
+	g_free(out);
+
+	return out != NULL;
+}
+
+/* Reads the profile anew, if the kernel has it; else sees whether it is right */
+static gboolean reload(const char *name, const char *file, GError **error)
+{
+	char *loaded = NULL, *line = g_strdup_printf("%s (", name);
+	gboolean there = g_file_get_contents("/sys/kernel/security/apparmor/profiles",
+					     &loaded, NULL, NULL) &&
+			 (g_str_has_prefix(loaded, line) ||
+			  (strstr(loaded, line) && strstr(loaded, line)[-1] == '\n'));
+
+	g_free(line);
+	g_free(loaded);
+
+	return parser(there ? "-r" : "-Q", file, error);
+}
+
+/* Rules for the domain's profile, and, for an emulator in an unusual place, for
+ * the daemon, which starts it.  setup NULL: none */
+static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setup,
+			       GError **error)
+{
+	static const char *const daemons[] = { "libvirtd", "virtqemud" };
+	char *name = g_strconcat("libvirt-", uuid, NULL);
+	char *profile = g_strconcat(APPARMOR "libvirt/", name, NULL);
+	GString *rules = g_string_new(NULL);
+	gboolean fine = TRUE;
+	char *path;
+	size_t i;
+
+	if (setup) {
+		if (setup->socket) {
+			path = apparmor_path(setup->socket);
+			g_string_append_printf(rules, "  %s rw,\n", path);
+			g_free(path);
+		}
+		if (setup->key_file) {
+			path = apparmor_path(setup->key_file);
+			g_string_append_printf(rules, "  %s r,\n", path);
+			g_free(path);
+		}
+	}
+	path = setup && setup->emulator && !g_str_has_prefix(setup->emulator, "/usr/bin/") ?
+		apparmor_path(setup->emulator) : NULL;
+	if (path)
+		g_string_append_printf(rules, "  %s rmix,\n", path);
+	switch (local_rules(DOMAIN_RULES, uuid, setup ? rules->str : NULL, error)) {
+	case -1:
+		fine = FALSE;
+		break;
+	case 1:
+		/* a profile is there once the domain was started */
+		if (!access(profile, F_OK))
+			fine = reload(name, profile, error);
+	}
+	for (i = 0; fine && i < G_N_ELEMENTS(daemons); i++) {
+		char *base = g_strconcat("usr.sbin.", daemons[i], NULL);
+		char *daemon = g_strconcat(APPARMOR, base, NULL);
+		char *rule = path ? g_strdup_printf("  %s PUx,\n", path) : NULL;
+
+		if (!access(daemon, F_OK)) {
+			int changed = local_rules(base, uuid, rule, error);
+
+			fine = changed >= 0 &&
+			       (!changed || reload(daemons[i], daemon, error));
+		}
+		g_free(rule);
+		g_free(daemon);
+		g_free(base);
+	}
+	g_free(path);
+	g_free(profile);
+	g_free(name);
+	g_string_free(rules, TRUE);
+
+	return fine;
+}
+
+static gboolean knows_kvmi(const char *emulator, GError **error)
+{
+	char *argv[] = { (char *)emulator, "-object", "help", NULL };
+	char *errors = NULL, *out = run(argv, &errors);
+	gboolean yes = out && strstr(out, "\n  kvmi\n");
+
+	if (!out)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "%s -object help failed: %s",
+			    emulator, errors ? g_strchomp(errors) : "");
+	else if (!yes)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "%s has no kvmi object: give the QEMU that has it by --emulator", emulator);
+	g_free(out);
+	g_free(errors);
+
+	return yes;
+}
+
+/* ---- enable, disable ----------------------------------------------------- */
+
+/* Inactive XML if there is one: that is what the next start takes */
+static char *get_xml(virDomain *domain)
+{
+	unsigned int flags = VIR_DOMAIN_XML_SECURE;
+
+	if (virDomainIsPersistent(domain) == 1)
+		flags |= VIR_DOMAIN_XML_INACTIVE;
+
+	return virDomainGetXMLDesc(domain, flags);
+}
+
+static gboolean define(virDomain *domain, const char *xml, GError **error)
+{
+	virDomain *new = virDomainDefineXMLFlags(virDomainGetConnect(domain), xml, 0);
+
+	if (!new) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "libvirt does not take the changed XML: %s", virGetLastErrorMessage());
+		return FALSE;
+	}
+	virDomainFree(new);
+
+	return TRUE;
+}
+
+/* A file's name for the domain: its own, if it is fit for that */
+static char *file_name(virDomain *domain, const char *uuid)
+{
+	const char *name = virDomainGetName(domain), *c;
+
+	for (c = name; *c; c++)
+		if (!g_ascii_isalnum(*c) && !strchr("_.-", *c))
+			return g_strdup(uuid);
+
+	return g_strdup(*name == '.' ? uuid : name);
+}
+
+/* Whom QEMU runs as */
+static gboolean qemu_user(virConnect *connection, uid_t *user, gid_t *group,
+			  GError **error)
+{
+	char *xml = virConnectGetCapabilities(connection);
+	char *label = xml ? capabilities_xml_read(xml) : NULL;
+	unsigned int u, g;
+	gboolean fine;
+
+	fine = label && sscanf(label, "+%u:+%u", &u, &g) == 2;
+	if (fine) {
+		*user = u;
+		*group = g;
+	} else {
+		/* no DAC driver: QEMU is who the daemon is */
+		*user = 0;
+		*group = 0;
+		fine = xml != NULL;
+	}
+	if (!fine)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "libvirt: %s", virGetLastErrorMessage());
+	g_free(label);
+	free(xml);
+
+	return fine;
+}
+
+static gboolean check_path(const char *what, const char *path, GError **error)
+{
+	struct sockaddr_un address;
+
+	if (path[0] != '/' || strpbrk(path, "\n'\"") ||
+	    strlen(path) >= sizeof(address.sun_path)) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "%s wants an absolute path without quotes of less than %zu bytes, not %s",
+			    what, sizeof(address.sun_path), path);
+		return FALSE;
+	}
+
+	return TRUE;
+}
+
+static gboolean enable(virDomain *domain, const struct options *o, GError **error)
+{
+	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
+	gboolean persistent = virDomainIsPersistent(domain) == 1;
+	struct domain_setup setup = { 0 }, old = { 0 };
+	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *name = NULL, *foreign = NULL;
+	const char *title = virDomainGetName(domain);
+	char **vsock = NULL;
+	GError *why = NULL;
+	uid_t user;
+	gid_t group;
+
+	virDomainGetUUIDString(domain, uuid);
+	name = file_name(domain, uuid);
+	setup.socket = o->vsock ? NULL : o->socket ? g_strdup(o->socket) :
+		       g_strdup_printf(SOCKET_DIR "/%s.sock", name);
+	setup.key_file = o->no_key ? NULL : o->key_file ? g_strdup(o->key_file) :
+			 g_strdup_printf(KEY_DIR "/%s.key", name);
+	if ((setup.socket && !check_path("--socket", setup.socket, error)) ||
+	    (setup.key_file && !check_path("--key-file", setup.key_file, error)))
+		goto out;
+	if (o->vsock) {
+		vsock = g_strsplit(o->vsock, ":", 2);
+		if (!vsock[0] || !vsock[1]) {
+			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "--vsock wants CID:PORT");
+			goto out;
+		}
+		if (!active) {
+			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+				    "%s does not run, and QEMU's command line cannot name a vsock: start it first", title);
+			goto out;
+		}
+	}
+
+	xml = get_xml(domain);
+	if (!xml) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "libvirt: %s", virGetLastErrorMessage());
+		goto out;
+	}
+	if (!domain_xml_read(xml, &enabled, &old, &foreign, error))
+		goto out;
+	if (o->emulator || old.emulator) {
+		const char *emulator = o->emulator ? o->emulator : old.emulator;
+
+		if (!knows_kvmi(emulator, error))
+			goto out;
+		setup.emulator = g_strdup(emulator);
+	}
+	if (!o->vsock) {
+		new = domain_xml_enable(xml, &setup, error);
+		if (!new) {
+			g_prefix_error(error, "%s: ", title);
+			goto out;
+		}
+	}
+	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
+	    (setup.socket && !make_socket_dir(setup.socket, group, error)) ||
+	    (setup.key_file && !make_key(setup.key_file, user, group, error)) ||
+	    (!access(APPARMOR DOMAIN_RULES, F_OK) &&
+	     !apparmor_rules(uuid, &setup, error)))
+		goto out;
+	if (new && persistent) {
+		if (!define(domain, new, error))
+			goto out;
+		done("changed the XML of %s: the kvmi object is in <qemu:commandline>%s%s", title,
+		     g_strcmp0(setup.emulator, old.emulator) ? ", <emulator> is " : "",
+		     g_strcmp0(setup.emulator, old.emulator) ? setup.emulator : "");
+	}
+	if (!active) {
+		done("%s is shut off: this takes effect when it is started", title);
+	} else if (plug(domain, &setup, vsock ? vsock[0] : NULL, vsock ? vsock[1] : NULL, &why)) {
+		done("%s is running: the object is in it already, no restart is needed%s", title,
+		     new && persistent ? "" : "; it will be gone when the domain is shut off");
+	} else if (new && persistent) {
+		done("%s is running, and takes it only when it is shut down and started again: %s", title, why->message);
+	} else {
+		g_propagate_error(error, g_steal_pointer(&why));
+		goto out;
+	}
+	if (setup.socket)
+		done("Now start the tool: kvmi watch --socket %s --mode 0660%s%s", setup.socket,
+		     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "");
+	fine = TRUE;
+out:
+	g_clear_error(&why);
+	g_strfreev(vsock);
+	domain_setup_clear(&setup);
+	domain_setup_clear(&old);
+	g_free(foreign);
+	g_free(name);
+	g_free(new);
+	free(xml);
+
+	return fine;
+}
+
+static gboolean disable(virDomain *domain, GError **error)
+{
+	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
+	char uuid[VIR_UUID_STRING_BUFLEN], *xml, *new = NULL, *foreign = NULL;
+	const char *title = virDomainGetName(domain);
+	struct domain_setup old = { 0 };
+
+	virDomainGetUUIDString(domain, uuid);
+	xml = get_xml(domain);
+	if (!xml) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "libvirt: %s", virGetLastErrorMessage());
+		return FALSE;
+	}
+	if (!domain_xml_read(xml, &enabled, &old, &foreign, error))
+		goto out;
+	if (enabled && virDomainIsPersistent(domain) == 1) {
+		new = domain_xml_disable(xml, error);
+		if (!new || !define(domain, new, error))
+			goto out;
+		done("the XML of %s is what it was before", title);
+	}
+	if (active) {
+		if (!unplug(domain, error)) {
+			g_prefix_error(error, "%s still has the object: ", title);
+			goto out;
+		}
+		done("the object is out of the running %s", title);
+	}
+	if (!access(APPARMOR DOMAIN_RULES, F_OK) &&
+	    !apparmor_rules(uuid, NULL, error))
+		goto out;
+	/* those that somebody else made aren't ours to remove */
+	if (old.key_file && g_str_has_prefix(old.key_file, KEY_DIR "/")) {
+		if (!unlink(old.key_file)) {
+			done("removed the secret %s", old.key_file);
+		} else if (errno != ENOENT) {
+			fail_errno(error, old.key_file);
+			goto out;
+		}
+	}
+	if (!enabled && !active)
+		done("%s was not enabled", title);
+	fine = TRUE;
+out:
+	domain_setup_clear(&old);
+	g_free(foreign);
+	g_free(new);
+	free(xml);
+
+	return fine;
+}
+
+/* ---- status -------------------------------------------------------------- */
+
+static const char *text_of(JsonObject *object, const char *name)
+{
+	return object && json_object_has_member(object, name) ?
+	       json_object_get_string_member(object, name) : NULL;
+}
+
+/* A line; false if the domain could not be asked */
+static gboolean print_status(virDomain *domain, gboolean json)
+{
+	gboolean active = virDomainIsActive(domain) == 1, enabled = FALSE, fine = TRUE;
+	char *xml = get_xml(domain), *foreign = NULL;
+	const char *name = virDomainGetName(domain);
+	char uuid[VIR_UUID_STRING_BUFLEN];
+	struct domain_setup setup = { 0 };
+	JsonObject *kvmi = NULL;
+	JsonNode *node = NULL;
+	const char *problem = NULL, *state;
+	GError *error = NULL;
+
+	virDomainGetUUIDString(domain, uuid);
+	if (!xml || !domain_xml_read(xml, &enabled, &setup, &foreign, &error))
+		problem = error ? error->message : virGetLastErrorMessage();
+	if (active && !problem) {
+		node = query(domain, &error);
+		/* no such object, or no such command in this QEMU, isn't a problem */
+		if (node)
+			kvmi = json_node_get_object(node);
+		else if (!strstr(error->message, "kvmi"))
+			problem = error->message;
+	}
+	state = problem ? "unknown" : kvmi ? text_of(kvmi, "state") :
+		!enabled && !foreign ? "off" : active ? "restart" : "shut-off";
+
+	if (json) {
+		JsonBuilder *b = json_builder_new();
+		JsonNode *root;
+		char *text;
+
+		json_builder_begin_object(b);
+		put(b, "domain", name);
+		put(b, "uuid", uuid);
+		put(b, "state", state);
+		json_builder_set_member_name(b, "active");
+		json_builder_add_boolean_value(b, active);
+		json_builder_set_member_name(b, "enabled");
+		json_builder_add_boolean_value(b, enabled || foreign);
+		if (setup.socket)
+			put(b, "socket", setup.socket);
+		if (setup.key_file)
+			put(b, "key-file", setup.key_file);
+		if (problem)
+			put(b, "problem", problem);
+		if (node) {
+			json_builder_set_member_name(b, "kvmi");
+			json_builder_add_value(b, json_node_copy(node));
+		}
+		json_builder_end_object(b);
+		root = json_builder_get_root(b);
+		text = json_to_string(root, FALSE);
+		puts(text);
+		g_free(text);
+		json_node_unref(root);
+		g_object_unref(b);
+	} else {
+		JsonObject *last = kvmi && json_object_has_member(kvmi, "last-unhook") ?
+			json_object_get_object_member(kvmi, "last-unhook") : NULL;
+		const char *peer = text_of(kvmi, "peer");
+		char *from = setup.socket ? g_strconcat("unix:", setup.socket, NULL) : g_strdup("-");
+
+		printf("%-20s %-11s %s", name, state, peer && *peer ? peer : from);
+		if (last)
+			printf("  last: %s, %s, %.1f ms", text_of(last, "action"), text_of(last, "outcome"),
+			       json_object_get_int_member(last, "duration") / 1000.0);
+		if (text_of(kvmi, "last-error"))
+			printf("  error: %s", text_of(kvmi, "last-error"));
+		if (problem)
+			printf("  %s", problem);
+		putchar('\n');
+		g_free(from);
+	}
+	fine = !problem;
+	if (node)
+		json_node_unref(node);
+	g_clear_error(&error);
+	domain_setup_clear(&setup);
+	g_free(foreign);
+	free(xml);
+
+	return fine;
+}
+
+static int status_main(virConnect *connection, char **names, gboolean json)
+{
+	virDomain **domains = NULL;
+	int count, i, result = EXIT_OK;
+
+	if (*names) {
+		for (; *names; names++) {
+			virDomain *domain = virDomainLookupByName(connection, *names);
+
+			if (!domain || !print_status(domain, json)) {
+				if (!domain)
+					complain("libvirt: %s", virGetLastErrorMessage());
+				result = EXIT_PROBLEM;
+			}
+			if (domain)
+				virDomainFree(domain);
+		}
+		return result;
+	}
+	count = virConnectListAllDomains(connection, &domains, 0);
+	if (count < 0) {
+		complain("libvirt: %s", virGetLastErrorMessage());
+		return EXIT_PROBLEM;
+	}
+	for (i = 0; i < count; i++) {
+		if (!print_status(domains[i], json))
+			result = EXIT_PROBLEM;
+		virDomainFree(domains[i]);
+	}
+	free(domains);
+
+	return result;
+}
+
+/* The host's files can only be changed here */
+static gboolean is_local(virConnect *connection)
+{
+	char *uri = virConnectGetURI(connection);
+	const char *path = uri ? strstr(uri, "://") : NULL;
+	gboolean local = path && path[3] == '/' && !strncmp(uri, "qemu", 4);
+
+	free(uri);
+
+	return local;
+}
+
+int libvirt_main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "socket", required_argument, NULL, 's' },
+		{ "vsock", required_argument, NULL, 'v' },
+		{ "key-file", required_argument, NULL, 'k' },
+		{ "no-key", no_argument, NULL, 'n' },
+		{ "emulator", required_argument, NULL, 'e' },
+		{ "connect", required_argument, NULL, 'c' },
+		{ "json", no_argument, NULL, 'j' },
+		{ "help", no_argument, NULL, 'h' },
+		{ 0 },
+	};
+	struct options o = { .uri = "qemu:///system" };
+	virConnect *connection;
+	virDomain *domain;
+	GError *error = NULL;
+	const char *command;
+	gboolean fine;
+	int option, result = EXIT_PROBLEM;
+
+	while ((option = getopt_long(argc, argv, "s:k:e:c:jh", options, NULL)) >= 0) {
+		switch (option) {
+		case 's':
+			o.socket = optarg;
+			break;
+		case 'v':
+			o.vsock = optarg;
+			break;
+		case 'k':
+			o.key_file = optarg;
+			break;
+		case 'n':
+			o.no_key = true;
+			break;
+		case 'e':
+			o.emulator = optarg;
+			break;
+		case 'c':
+			o.uri = optarg;
+			break;
+		case 'j':
+			o.json = true;
+			break;
+		case 'h':
+			fputs(help, stdout);
+			return EXIT_OK;
+		default:
+			return EXIT_USAGE;
+		}
+	}
+	command = argv[optind] ? argv[optind++] : "";
+	if (strcmp(command, "enable") && strcmp(command, "disable") && strcmp(command, "status")) {
+		complain("kvmi libvirt wants enable, disable or status; see kvmi libvirt --help");
+		return EXIT_USAGE;
+	}
+	if (strcmp(command, "status") && argc - optind != 1) {
+		complain("kvmi libvirt %s wants the name of one domain", command);
+		return EXIT_USAGE;
+	}
+	if ((o.socket && o.vsock) || (o.no_key && o.key_file)) {
+		complain("--socket and --vsock, or --key-file and --no-key, exclude each other");
+		return EXIT_USAGE;
+	}
+
+	virSetErrorFunc(NULL, quiet);
+	connection = virConnectOpen(o.uri);
+	if (!connection) {
+		complain("libvirt: %s", virGetLastErrorMessage());
+		return EXIT_PROBLEM;
+	}
+	if (!strcmp(command, "status")) {
+		result = status_main(connection, argv + optind, o.json);
+	} else if (!is_local(connection)) {
+		complain("%s is another host: files have to be changed there, too; run this on it", o.uri);
+	} else {
+		domain = virDomainLookupByName(connection, argv[optind]);
+		if (!domain)
+			domain = virDomainLookupByUUIDString(connection, argv[optind]);
+		if (!domain) {
+			complain("libvirt knows no domain %s", argv[optind]);
+		} else {
+			fine = !strcmp(command, "enable") ? enable(domain, &o, &error) :
+							    disable(domain, &error);
+			if (fine)
+				result = EXIT_OK;
+			else
+				complain("%s", error->message);
+			g_clear_error(&error);
+			virDomainFree(domain);
+		}
+	}
+	virConnectClose(connection);
+	xmlCleanupParser();
+
+	return fflush(stdout) ? EXIT_PROBLEM : result;
+}
