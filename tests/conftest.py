@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pytest's set-up: the emulated hosts as fixtures, and the order of the tests."""
+import os
 import sys
 import threading
 from concurrent.futures import Future
@@ -15,7 +16,11 @@ import selftest  # noqa: E402
 ORDER = ("unit", "amd", "intel", "debug")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not os.environ.get("KVMI_LONG") and not config.option.keyword:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long; KVMI_LONG=1 or its name makes it run"))
     items.sort(key=lambda i: min((n for n, m in enumerate(ORDER) if i.get_closest_marker(m)), default=len(ORDER)))
 
 

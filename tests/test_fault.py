@@ -21,7 +21,11 @@ def matrix():
         path.write_text(HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows))
 
 
-@pytest.mark.parametrize("name", fault.SCENARIOS)
+# What is run without being asked for
+USUAL = ("fault_running", "fault_stop")
+
+
+@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in fault.SCENARIOS])
 def test_fault(amd, matrix, name):
     host.guest_image()
     output = amd.run(["/usr/bin/python3", host.HERE / "fault.py", name], fault.SCENARIOS[name].timeout)

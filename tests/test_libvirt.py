@@ -8,7 +8,11 @@ import libvirt_scenarios
 pytestmark = pytest.mark.amd
 
 
-@pytest.mark.parametrize("name", libvirt_scenarios.SCENARIOS)
+# What is run without being asked for: the others take long
+USUAL = ("libvirt_suspend_resume", "libvirt_snapshot_internal", "libvirt_reset", "libvirt_enable_apparmor", "libvirt_capabilities")
+
+
+@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in libvirt_scenarios.SCENARIOS])
 def test_libvirt(amd, name):
     host.libvirt_guest_image()
     scenario = libvirt_scenarios.SCENARIOS[name]
