@@ -12,6 +12,14 @@ pytestmark = pytest.mark.amd
 USUAL = ("libvirt_suspend_resume", "libvirt_snapshot_internal", "libvirt_reset", "libvirt_enable_apparmor", "libvirt_capabilities")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_host(amd):
+    """The domain, which runs on after a scenario, and the guest of the other tests would connect to the same tool."""
+    amd.close()
+    yield
+    amd.close()
+
+
 @pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in libvirt_scenarios.SCENARIOS])
 def test_libvirt(amd, name):
     host.libvirt_guest_image()
