@@ -725,7 +725,7 @@ class Watchdog(FromInside):
     name, action, status, what = "watchdog", "watchdog", "watchdog", "out 443 f"
 
 
-@scenario(timeout=200)
+@scenario(timeout=300)
 def gate_cut(g):
     """What can't wait cuts the tool off at once, and leaves the guest clean all the same; the tool is back when the guest runs."""
     g.qmp.execute("set-action", panic="pause", watchdog="pause")
