@@ -7460,6 +7460,8 @@ static unsigned long kernel_memory(const char *dir)
 {
 	char buf[4096], *kernel;
 
+	/* Small changes are only summed up every two seconds */
+	usleep(2500 * 1000);
 	read_cgroup(dir, "memory.stat", buf);
 	kernel = strstr(buf, "\nkernel ");
 	TEST_ASSERT(kernel, "memory.stat has no kernel");
