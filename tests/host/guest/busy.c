@@ -191,18 +191,20 @@ static void tell_processes(void)
 }
 
 /* With "patch" the kernel rewrites its own code over and over, for a static key, until "be quiet" */
-static atomic_int patching;
+static atomic_int patching, hush;
 
 static void patch_kernel(void)
 {
 	static int patched;
 
-	if (!patching && !patched)
-		return;
-	patched = !patched;
-	write_file("/proc/sys/kernel/sched_schedstats", patched ? "1" : "0");
-	if (!patching && !patched)
+	if (patching || patched) {
+		patched = !patched;
+		write_file("/proc/sys/kernel/sched_schedstats", patched ? "1" : "0");
+	}
+	if (hush && !patching && !patched) {
+		hush = 0;
 		printf("guest: quiet\n");
+	}
 }
 
 /* What has to come from inside the guest */
@@ -227,8 +229,10 @@ static void *obey(void *unused)
 			tell_processes();
 		else if (!strcmp(line, "patch"))
 			patching = 1;
-		else if (!strcmp(line, "be quiet"))
+		else if (!strcmp(line, "be quiet")) {
 			patching = 0;
+			hush = 1;
+		}
 		else if (sscanf(line, "out %x %x", &port, &value) == 2 && !iopl(3))
 			outb(value, port);
 		else
