@@ -235,12 +235,15 @@ static int kvmi_vm_get_max_gfn(struct kvm_introspection *kvmi, const void *req,
 {
 	struct kvmi_vm_get_max_gfn_reply *rpl = _rpl;
 	struct kvm_memory_slot *slot;
+	struct kvm_memslots *slots;
 	int idx, bkt;
 
 	rpl->gfn = 0;
 
 	idx = srcu_read_lock(&kvmi->kvm->srcu);
-	kvm_for_each_memslot(slot, bkt, kvm_memslots(kvmi->kvm)) {
+	/* Read once: the loop takes its argument more than once. */
+	slots = kvm_memslots(kvmi->kvm);
+	kvm_for_each_memslot(slot, bkt, slots) {
 		if (kvm_is_visible_memslot(slot))
 			rpl->gfn = max_t(gfn_t, rpl->gfn,
 					 slot->base_gfn + slot->npages - 1);
