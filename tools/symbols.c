@@ -13,7 +13,10 @@
 
 struct symbols {
 	struct symbol *list;	/* by address, after symbols_sort() */
-	uint32_t *by_name;
+	/* chains of those whose names have the same hash, by address, too */
+	uint32_t *heads;
+	uint32_t *next;
+	uint32_t mask;
 	size_t count;
 	size_t capacity;
 	/* names, in chunks that do not move */
@@ -40,7 +43,8 @@ void symbols_free(struct symbols *symbols)
 		free(symbols->chunks[i]);
 	free(symbols->chunks);
 	free(symbols->list);
-	free(symbols->by_name);
+	free(symbols->heads);
+	free(symbols->next);
 	free(symbols);
 }
 
@@ -94,32 +98,47 @@ static int compare_addresses(const void *left, const void *right)
 	return (a->address > b->address) - (a->address < b->address);
 }
 
-static int compare_names(const void *left, const void *right, void *context)
+static uint32_t hash(const char *name)
 {
-	const struct symbol *list = context;
-	uint32_t a = *(const uint32_t *)left, b = *(const uint32_t *)right;
-	int order = strcmp(list[a].name, list[b].name);
+	uint32_t h = 5381;
 
-	return order ? order : (a > b) - (a < b);
+	while (*name)
+		h = 33 * h + (unsigned char)*name++;
+
+	return h;
 }
 
+#define CHAIN_END UINT32_MAX
+
+/* A kernel has some 200 000 symbols, in order as a rule; a tool that starts does hardly anything else */
 int symbols_sort(struct symbols *symbols)
 {
-	size_t i;
+	size_t heads = 1, i;
 
-	free(symbols->by_name);
-	symbols->by_name = malloc(symbols->count * sizeof(uint32_t) + 1);
-	if (!symbols->by_name)
-		return -1;
-
-	if (symbols->count)
+	for (i = 1; i < symbols->count; i++)
+		if (symbols->list[i - 1].address > symbols->list[i].address)
+			break;
+	if (i < symbols->count)
 		qsort(symbols->list, symbols->count, sizeof(struct symbol),
 		      compare_addresses);
-	for (i = 0; i < symbols->count; i++)
-		symbols->by_name[i] = i;
-	if (symbols->count)
-		qsort_r(symbols->by_name, symbols->count, sizeof(uint32_t),
-			compare_names, symbols->list);
+
+	while (heads < symbols->count)
+		heads *= 2;
+	free(symbols->heads);
+	free(symbols->next);
+	symbols->heads = malloc(heads * sizeof(uint32_t));
+	symbols->next = malloc(symbols->count * sizeof(uint32_t) + 1);
+	if (!symbols->heads || !symbols->next)
+		return -1;
+	symbols->mask = heads - 1;
+	memset(symbols->heads, 0xff, heads * sizeof(uint32_t));
+	for (i = symbols->count; i--; ) {
+		uint32_t *head = &symbols->heads[hash(symbols->list[i].name) &
+						 symbols->mask];
+
+		symbols->next[i] = *head;
+		*head = i;
+	}
 
 	return 0;
 }
@@ -150,23 +169,22 @@ struct symbols *symbols_load(const char *path, char *error, size_t error_size)
 
 	errno = 0;
 	while ((length = getline(&line, &capacity, file)) >= 0) {
-		unsigned long long address;
+		uint64_t address = 0;
 		const char *name;
-		char *end;
+		char *end = line;
 		char type;
 
 		number++;
 		if (length && line[length - 1] == '\n')
 			line[--length] = 0;
 		/* "ffffffff81000000 T _stext", maybe with a module's name */
-		if (!isxdigit((unsigned char)line[0]))
-			goto no_map;
-		address = strtoull(line, &end, 16);
-		if (end[0] != ' ' || !end[1] || end[2] != ' ')
+		for (; isxdigit((unsigned char)*end); end++)
+			address = address << 4 | ((*end & 0xf) + (*end > '9' ? 9 : 0));
+		if (end == line || end[0] != ' ' || !end[1] || end[2] != ' ')
 			goto no_map;
 		type = end[1];
 		name = end + 3;
-		if (strstr(name, "The real System.map is in")) {
+		if (number == 1 && strstr(name, "The real System.map is in")) {
 			snprintf(error, error_size,
 				 "%s is only a placeholder; leave it out, the symbols are in the guest's memory, too",
 				 path);
@@ -222,25 +240,20 @@ failed:
 size_t symbols_find(const struct symbols *symbols, const char *name,
 		    const struct symbol **found)
 {
-	size_t low = 0, high = symbols->count, first;
+	size_t count = 0;
+	uint32_t i;
 
-	while (low < high) {
-		size_t middle = low + (high - low) / 2;
-
-		if (strcmp(symbols->list[symbols->by_name[middle]].name,
-			   name) < 0)
-			low = middle + 1;
-		else
-			high = middle;
+	if (!symbols->heads)
+		return 0;
+	for (i = symbols->heads[hash(name) & symbols->mask]; i != CHAIN_END;
+	     i = symbols->next[i]) {
+		if (strcmp(symbols->list[i].name, name))
+			continue;
+		if (!count++ && found)
+			*found = &symbols->list[i];
 	}
-	first = low;
-	while (low < symbols->count &&
-	       !strcmp(symbols->list[symbols->by_name[low]].name, name))
-		low++;
-	if (low > first && found)
-		*found = &symbols->list[symbols->by_name[first]];
 
-	return low - first;
+	return count;
 }
 
 uint64_t symbols_address(const struct symbols *symbols, const char *name)
