@@ -462,7 +462,7 @@ static void do_job(struct vcpu *v, unsigned int job)
             dbg.control |= KVM_GUESTDBG_ENABLE;
         }
         dbg.arch.debugreg[0] = guest_address(r);
-        dbg.arch.debugreg[7] = 0x403 | below(r, 16) << 16;
+        dbg.arch.debugreg[7] = 0x403;   /* see debug_registers() */
         vcpu_ioctl(v, KVM_SET_GUEST_DEBUG, &dbg);
         break;
     case JOB_NMI:
@@ -914,6 +914,9 @@ static void on_reply(const struct kvmi_msg_hdr *hdr)
     }
     if (tool.torn) {
         return;
+    }
+    if (hdr->id == KVMI_VCPU_EVENT && tool.wrong && w->seq != hdr->seq) {
+        return;                     /* on_refusal()'s, but for a wrong seq */
     }
     if (!w->seq || w->seq != hdr->seq || w->id != hdr->id) {
         fail("a reply to command %u, seq 0x%x, that was not sent or has been answered", hdr->id, hdr->seq);
