@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import scenarios
-from inside import DIR, GET_VERSION, HMP, HOT, QMP, Guest, Late, QMPError, RawTool, Watch, wait_until
+from inside import DIR, GET_VERSION, HMP, HOT, QMP, SOCKET, Guest, Late, QMPError, RawTool, Watch, wait_until
 from scenarios import Pulse, code, cont, expect, info, same_memory, wait_state
 
 SCENARIOS = {}
@@ -217,12 +217,13 @@ def combine(g, way_class, tools, options=None):
                 outcome = end["outcome"]
                 expect(tool.outcome if way.waits else "forced", end)
                 if way.waits:
-                    assert tool.least <= ms / 1000 <= tool.most, f"{ms} ms: {tool.least} to {tool.most} s were expected"
+                    most = tool.most + 4 * pulse.lag
+                    assert tool.least <= ms / 1000 <= most, f"{ms} ms: {tool.least} to {most} s were expected"
                 # Once, unless the guest runs on already and the tool has come and gone again
                 assert len(ends) == 1 or not way.stops, ends
                 if way.waits and tool_class in (Slow, Hung):
                     assert "unhooking" in pulse.states, pulse.states
-            assert max(pulse.ms) < 2000, f"QMP took {max(pulse.ms):.0f} ms to answer"
+            pulse.check()
             way.check(tool)
         way.after()
         g.wait_alive()
@@ -431,6 +432,9 @@ def gate_migrate_start_time(g):
     time.sleep(1.1)         # the start time counts seconds
     g.qmp.execute("migrate", uri=uri)
     wait_until(lambda: migrate_status(g) == "completed", 30, "the migration")
+    # or it would be the source, which has stopped, that connects
+    scenarios.remove_object(g)
+    g.qmp.execute("chardev-remove", id="tool")
     with Target(uri, extra=("-object", "kvmi,id=k,chardev=tool,migrate-start-time=on")) as target:
         target.loaded()
         target.guest.qmp.execute("cont")
@@ -443,6 +447,8 @@ def gate_migrate_start_time(g):
     finally:
         target.kill()
     print((target.dir / "stderr").read_text())
+    g.qmp.execute("chardev-add", id="tool", backend={"type": "socket", "data": {
+        "addr": {"type": "unix", "data": {"path": str(SOCKET)}}, "server": False, "reconnect-ms": 100}})
     cont(g)
 
 

@@ -144,7 +144,7 @@ class Host:
             found.append((name, path))
         return found
 
-    def start(self, timeout=120):
+    def start(self, timeout=300):
         """Boot. The Intel host takes its one command with it on the ISO, so there it is run() that boots."""
         need(self.kernel, "build first, or point KVMI_BUILD to a build folder")
         if self.vendor == "amd":

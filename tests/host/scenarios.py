@@ -17,17 +17,17 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
+from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, PATIENCE, QMP, READ_PHYSICAL, SOCKET,
                     VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, symbols, wait_until)
 
 SCENARIOS = {}
 
 
 def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
-    """timeout: seconds, a boot of the guest included. fresh: wants a guest that has never been hooked. guest=False: wants none, and
+    """timeout: seconds, a boot of the guest included, on an idle machine. fresh: wants a guest that has never been hooked. guest=False: wants none, and
     leaves a host that is good for nothing more."""
     def add(function):
-        function.timeout, function.object_options, function.fresh, function.guest = timeout, object_options or {}, fresh, guest
+        function.timeout, function.object_options, function.fresh, function.guest = timeout * PATIENCE, object_options or {}, fresh, guest
         function.machine = machine
         into[function.__name__] = function
         return function
@@ -115,18 +115,25 @@ class Pulse:
 
     def __init__(self, g):
         self.g, self.ms, self.states = g, [], []
+        self.lag = 0            # s: how late the host woke us up at worst; it may have been as late for others
 
     def beat(self):
         start = time.monotonic()
         self.states.append(self.g.qmp.execute("query-kvmi", oob=True, timeout=5)["state"])
-        self.ms.append((time.monotonic() - start) * 1000)
+        end = time.monotonic()
+        self.ms.append((end - start) * 1000)
         time.sleep(0.05)            # a pulse, not a load
+        self.lag = max(self.lag, time.monotonic() - end - 0.05)
 
     def until(self, check, timeout, what):
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * PATIENCE
         while not check():
-            assert time.monotonic() < end, f"waited {timeout} s in vain for {what}"
+            assert time.monotonic() < end, f"waited {timeout * PATIENCE} s in vain for {what}"
             self.beat()
+
+    def check(self):
+        """QMP answered all the time: no answer waited for the tool, whose deadline is longer than this."""
+        assert max(self.ms) < 1000 + 4000 * self.lag, f"QMP took {max(self.ms):.0f} ms to answer, in a host that is {self.lag * 1000:.0f} ms late"
 
     def tell(self, label):
         print(f"{label}: {len(self.ms)} out-of-band answers, the slowest after {max(self.ms):.1f} ms")
@@ -280,9 +287,9 @@ def stop_hung_tool(g):
         pulse.tell("while the tool hung")
         data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
         expect("forced", data)
-        assert 4.9 <= data["duration"] / 1e6 and took < 10, f"the deadline is 5 s; it took {took:.1f} s: {data}"
+        assert 4.9 <= data["duration"] / 1e6 and took < 10 + 4 * pulse.lag, f"the deadline is 5 s; it took {took:.1f} s: {data}"
         assert pulse.states.count("unhooking") > 10, f"states seen meanwhile: {pulse.states}"
-        assert max(pulse.ms) < 2000, f"QMP took {max(pulse.ms):.0f} ms to answer"
+        pulse.check()
         assert g.calls()[0] > calls, "the guest stood still while the tool was waited for"
         assert g.qmp.execute("query-status")["status"] == "paused"
         state_mark = g.qmp.mark()
@@ -299,7 +306,7 @@ def stop_deadline_is_an_option(g):
         w.signal(signal.SIGSTOP)
         data, _ = stop(g)
         expect("forced", data)
-        assert 0.75 <= data["duration"] / 1e6 < 3, data
+        assert 0.75 <= data["duration"] / 1e6 < 4, data      # not the 5 s of who says nothing
         cont(g)
         mark = g.qmp.mark()
         told = w.mark()
@@ -310,7 +317,7 @@ def stop_deadline_is_an_option(g):
         w.signal(signal.SIGSTOP)
         data, _ = stop(g)
         expect("forced", data)
-        assert 1.9 <= data["duration"] / 1e6 < 4.5, data
+        assert 1.9 <= data["duration"] / 1e6 < 4.9, data
         cont(g)
 
 
@@ -405,7 +412,7 @@ def stop_tool_not_subscribed(g):
         assert error == 0
         data, _ = stop(g, timeout=4)
         expect("not-subscribed", data)
-        assert data["duration"] < 2000000, data
+        assert data["duration"] < 4500000, data
         assert tool.closed(), "the tool's connection is still open"
         cont(g)
 
@@ -1072,7 +1079,7 @@ def run(function):
             print("--- QEMU's trace, last lines ---")
             print("\n".join(g.trace.read_text(errors="replace").splitlines()[-30:]) if g.trace.exists() else "")
             print("--- the guest's console, last lines ---")
-            print("\n".join(g.output().splitlines()[-5:]))
+            print("\n".join(g.output().splitlines()[-40:]))
             print((DIR / "stderr").read_text() if (DIR / "stderr").exists() else "")
         if not isinstance(e, Exception):
             raise
