@@ -6103,6 +6103,28 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_crash, guest_access)
 	unhook(vm);
 }
 
+/* ENDBR64, with which kernels begin their functions, is a NOP to the emulator */
+KVM_ONE_VCPU_TEST(kvmi, page_access_endbr, guest_access)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+	u64 gva, gpa;
+
+	gpa = start_access(&r, vcpu, &gva);
+	*(u64 *)addr_gva2hva(vm, gva) = 0xc3fa1e0ff3;
+	assert_err(set_page_access(gpa, ACCESS_R), 0);
+	give_order(vm, DO_EXEC);
+	get_pf(&ev, gva, gpa, ACCESS_X);
+	reply_continue(&ev);
+	get_pf(&ev, gva + 4, gpa + 4, ACCESS_X);
+	reply_continue(&ev);
+	wait_order(vm);
+	assert_page_access(gpa, ACCESS_R);
+
+	stop_access(&r);
+}
+
 /* What the emulator can't do is told, and then the page is open */
 KVM_ONE_VCPU_TEST(kvmi, page_access_not_emulated, guest_access)
 {
