@@ -882,7 +882,8 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->since_us = g_get_real_time();
     s->start_time = s->since_us / G_USEC_PER_SEC;
     s->deadline = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_deadline, s);
-    s->bh = qemu_bh_new(kvmi_bh, s);
+    /* Not in qemu_get_aio_context(): it can wait until the guest has stopped */
+    s->bh = aio_bh_new(iohandler_get_aio_context(), kvmi_bh, s);
     s->guard.announce = kvmi_announce;
     s->guard.cut = kvmi_cut;
     s->guard.open = kvmi_open;
