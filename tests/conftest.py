@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes long; KVMI_LONG=1 or its name makes it run"))
-    items.sort(key=lambda i: min((n for n, m in enumerate(ORDER) if i.get_closest_marker(m)), default=len(ORDER)))
+    items.sort(key=lambda i: ("meanwhile" in i.fixturenames,
+                              min((n for n, m in enumerate(ORDER) if i.get_closest_marker(m)), default=len(ORDER))))
 
 
 def background(jobs):
@@ -29,33 +31,60 @@ def background(jobs):
     for future, function, *args in jobs:
         try:
             future.set_result(function(*args))
-        except Exception as e:      # raised by result()
+        except BaseException as e:      # raised by result(); pytest.fail() is none of Exception
             future.set_exception(e)
+    background_amd.close()
 
 
-intel_result, intel_kvm_result = Future(), Future()
+intel_result, intel_kvm_result, amd_result = Future(), Future(), Future()
+meanwhile_results = {}
 
 
 def pytest_collection_finish(session):
-    # The Intel host is slow and uses one CPU: let it work while the AMD host's tests run.
-    items = [i for i in session.items if i.get_closest_marker("intel")]
-    if session.config.option.collectonly or not items:
+    # The hosts use one CPU or little more: some tests are run in a thread while pytest runs the others. The Intel host first, it is slow.
+    if session.config.option.collectonly:
         return
+    items = [i for i in session.items if not i.get_closest_marker("skip")]
+    jobs = []
+    if any(i.get_closest_marker("intel") and "intel_program" not in i.fixturenames for i in items):
+        jobs.append((intel_result, selftest.run, "intel"))
     kvms = [i.callspec.params["intel_program"] for i in items if "intel_program" in i.fixturenames]
-    jobs = [(intel_kvm_result, kvm_selftests.run_on_intel, kvms)] if kvms else []
-    if len(items) > len(kvms):
-        jobs.insert(0, (intel_result, selftest.run, "intel"))
+    if kvms:
+        jobs.append((intel_kvm_result, kvm_selftests.run_on_intel, kvms))
+    if any("result" in i.fixturenames and i.callspec.params["result"] == "amd" for i in items):
+        jobs.append((amd_result, selftest.run, "amd"))
+    for i in items:
+        if "meanwhile" in i.fixturenames:
+            meanwhile_results[i.nodeid] = Future()
+            jobs.append((meanwhile_results[i.nodeid], i.module.run_meanwhile, background_amd, *getattr(i, "callspec", NoParams).params.values()))
     threading.Thread(target=background, args=(jobs,), daemon=True).start()
 
 
+class NoParams:
+    params = {}
+
+
+# None of them waits for ever: the hosts have their deadlines.
+
 @pytest.fixture(scope="session")
 def intel_selftest():
-    return intel_result.result()        # not for ever: the host has its deadline
+    return intel_result.result()
 
 
 @pytest.fixture(scope="session")
 def intel_kvm_selftests():
     return intel_kvm_result.result()
+
+
+@pytest.fixture(scope="session")
+def amd_selftest():
+    return amd_result.result()
+
+
+@pytest.fixture
+def meanwhile(request):
+    """What the test's module returned from run_meanwhile(host, *parameters), which ran in the thread."""
+    return meanwhile_results[request.node.nodeid].result()
 
 
 class AmdHost:
@@ -64,7 +93,7 @@ class AmdHost:
     def __init__(self):
         self.host = None
 
-    def run(self, argv, timeout):
+    def run(self, argv, timeout, again=False):
         """Runs the command; fails the test if it fails or if the host's kernel complained meanwhile. Returns the output."""
         output = bytearray()
         try:
@@ -73,6 +102,12 @@ class AmdHost:
                 self.host.start()
             status = self.host.run(argv, timeout, output.extend)
             trouble = self.host.trouble()
+        except host.EmulatorError as e:
+            self.close()
+            if again:
+                pytest.fail(f"{output.decode(errors='replace')}\nthe second time, too: {e}", pytrace=False)
+            warnings.warn(f"once more after {' '.join(map(str, argv[-2:]))}: {e}")
+            return self.run(argv, timeout, again=True)
         except host.HostError as e:
             self.close()
             pytest.fail(f"{output.decode(errors='replace')}\n{e}", pytrace=False)
@@ -89,16 +124,14 @@ class AmdHost:
             self.host = None
 
 
+background_amd = AmdHost()
+
+
 @pytest.fixture(scope="session")
 def amd():
     h = AmdHost()
     yield h
     h.close()
-
-
-@pytest.fixture(scope="session")
-def amd_selftest():
-    return selftest.run("amd")
 
 
 @pytest.fixture(scope="session")

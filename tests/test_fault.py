@@ -25,9 +25,12 @@ def matrix():
 USUAL = ("fault_running", "fault_stop")
 
 
-@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in fault.SCENARIOS])
-def test_fault(amd, matrix, name):
+def run_meanwhile(amd, name):
     host.guest_image()
-    output = amd.run(["/usr/bin/python3", host.HERE / "fault.py", name], fault.SCENARIOS[name].timeout)
-    print(output)
-    matrix += [line.split("\t")[1:] for line in output.splitlines() if line.startswith("MATRIX\t")]
+    return amd.run(["/usr/bin/python3", host.HERE / "fault.py", name], fault.SCENARIOS[name].timeout)
+
+
+@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in fault.SCENARIOS])
+def test_fault(meanwhile, matrix, name):
+    print(meanwhile)
+    matrix += [line.split("\t")[1:] for line in meanwhile.splitlines() if line.startswith("MATRIX\t")]

@@ -324,17 +324,13 @@ static void exception(struct code *c)
     }
 }
 
-/*
- * Without data breakpoints: QEMU's TCG, when it emulates the host, takes its big lock twice if it meets one of them
- * while it delivers an interrupt, and that is its end.
- */
 static void debug_registers(struct code *c)
 {
     uint8_t dr = below(c->rng, 4);
 
     mov(c, EAX, guest_address(c->rng));
     E(c, 0x0f, 0x23, 0xc0 | dr << 3);
-    mov(c, EAX, one_in(c->rng, 3) ? 0x400 : 0x400 | 3 << (dr * 2));
+    mov(c, EAX, one_in(c->rng, 3) ? 0x400 : 0x400 | 3 << (dr * 2) | below(c->rng, 16) << (16 + dr * 4));
     E(c, 0x0f, 0x23, 0xf8);
 }
 

@@ -462,7 +462,7 @@ static void do_job(struct vcpu *v, unsigned int job)
             dbg.control |= KVM_GUESTDBG_ENABLE;
         }
         dbg.arch.debugreg[0] = guest_address(r);
-        dbg.arch.debugreg[7] = 0x403;   /* see debug_registers() */
+        dbg.arch.debugreg[7] = 0x403 | below(r, 16) << 16;
         vcpu_ioctl(v, KVM_SET_GUEST_DEBUG, &dbg);
         break;
     case JOB_NMI:

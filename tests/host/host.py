@@ -17,6 +17,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class HostError(Exception):
 
 
 class EmulatorError(HostError):
-    """It is the emulator's fault: nothing that runs in the host could have brought about what was found."""
+    """It is the emulator's fault: what was found is not what anything that runs in the host brings about."""
 
 
 def need(path, what):
@@ -197,7 +198,7 @@ class Host:
                     "-nodefaults", "-display", "none", "-no-reboot", "-kernel", self.kernel, "-initrd", initrd,
                     "-append", "console=ttyS0 " + self.cmdline(),
                     "-serial", f"file:{self.console}", "-serial", "stdio",
-                    "-monitor", f"unix:{self.dir}/monitor,server=on,wait=off",
+                    "-monitor", f"unix:{self.dir}/monitor,server=on,wait=off", "-d", "cpu_reset", "-D", self.dir / "resets",
                     "-virtfs", fs + "/,mount_tag=hostroot,readonly=on,multidevs=remap",
                     "-virtfs", fs + f"{share},mount_tag=share", "-virtfs", fs + f"{self.out},mount_tag=out"], stdin=subprocess.PIPE)
         self.reader = self.process.stdout.fileno()
@@ -329,15 +330,17 @@ mouse: enabled=0
 
     def error(self, what):
         tail = "\n".join(self.console_text().splitlines()[-40:])
-        errors = (self.dir / "emulator.log").read_text(errors="replace")[-2000:] if (self.dir / "emulator.log").exists() else ""
-        broken = self.broken(errors) if self.vendor == "amd" else ""
+        errors = (self.dir / "emulator.log").read_text(errors="replace")[:4000] if (self.dir / "emulator.log").exists() else ""
+        if self.process.poll() is not None and (self.dir / "resets").exists():
+            errors += "--- its last resets, with the CPU's state before ---\n" + (self.dir / "resets").read_text(errors="replace")[-6000:]
+        broken = self.broken() if self.vendor == "amd" else ""
         return (EmulatorError if broken else HostError)(
             f"{what}{broken}\n--- the console's tail ---\n{tail}\n" + (f"--- the emulator's errors ---\n{errors}" if errors else ""))
 
-    def broken(self, errors):
+    def broken(self):
         """What is wrong with the emulator; empty if nothing is. Nested guests that do odd things (tests/fuzz) get TCG there."""
-        if "bql_lock_impl: assertion failed" in errors:
-            return "; TCG took its lock twice"
+        if self.process.poll() is not None:
+            return "" if TROUBLE.search(self.console_text()[self.log_seen:]) else "; a crash, or a triple fault out of the blue"
         for rip, cr0 in re.findall(r"\bRIP=(\w{16}).*?\bCR0=(\w{8})", self.monitor("info registers -a"), re.S):
             if int(rip, 16) >> 47 and not int(cr0, 16) >> 31:
                 return f"; TCG runs a CPU at {rip} with paging off (CR0 {cr0}), which is where a VMEXIT of its left it"
@@ -373,9 +376,18 @@ def newer(source, result):
     return not result.exists() or result.stat().st_mtime < max(source.stat().st_mtime, (HERE / "host.py").stat().st_mtime)
 
 
+image_lock = threading.RLock()
+
+
 def guest_image():
     """The initramfs of the guest that runs in the AMD host: one program of ours, see guest/busy.c. Built when its source changed."""
     source, image = HERE / "guest/busy.c", BUILD / "host/guest.cpio"
+    with image_lock:
+        make_guest_image(source, image)
+    return image
+
+
+def make_guest_image(source, image):
     if newer(source, image):
         image.parent.mkdir(parents=True, exist_ok=True)
         busy = image.with_name("busy")
@@ -385,7 +397,6 @@ def guest_image():
         evdev = file_entry("modules/evdev.ko", need(BUILD / "linux/stock/evdev.ko", "build first"))
         new.write_bytes(cpio(BASE + [file_entry("init", busy), evdev]))
         new.rename(image)
-    return image
 
 
 def libvirt_guest_image():

@@ -24,8 +24,11 @@ SOCKET = DIR / "tool.sock"
 HOT = ("__x64_sys_getppid", "__x64_sys_sched_get_priority_max")
 
 
-# Waits are written for a machine with nothing else to do; any other gets so many times as long. Who passes does not notice.
-PATIENCE = 4
+
+
+def patience(timeout):
+    """Waits are written for a machine with nothing else to do; any other gets longer. Who passes does not notice."""
+    return timeout + min(3 * timeout, 60)
 
 
 class Late(AssertionError):
@@ -38,13 +41,13 @@ def now_us():
 
 def wait_until(check, timeout, what, pause=0.05):
     """The first true value of check(); for what cannot be waited for by an event."""
-    end = time.monotonic() + timeout * PATIENCE
+    end = time.monotonic() + patience(timeout)
     while True:
         value = check()
         if value:
             return value
         if time.monotonic() > end:
-            raise Late(f"waited {timeout * PATIENCE} s in vain for {what}")
+            raise Late(f"waited {patience(timeout)} s in vain for {what}")
         time.sleep(pause)
 
 
@@ -106,11 +109,11 @@ class QMP:
 
     def pump(self, check, timeout, what):
         """Take in what arrives until check() is true."""
-        end = time.monotonic() + timeout * PATIENCE
+        end = time.monotonic() + patience(timeout)
         while not check():
             left = end - time.monotonic()
             if left <= 0:
-                raise Late(f"waited {timeout * PATIENCE} s in vain for {what}")
+                raise Late(f"waited {patience(timeout)} s in vain for {what}")
             for m in self.lines.read(left):
                 if "event" in m:
                     stamp = m["timestamp"]
@@ -303,7 +306,7 @@ class HMP:
 
     def __init__(self, timeout=20):
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(timeout * PATIENCE)
+        self.sock.settimeout(patience(timeout))
         self.sock.connect(str(DIR / "hmp"))
         self.prompt("nothing yet")
 
@@ -360,7 +363,7 @@ class Tool:
 
     def event(self, name, since=0, timeout=30, count=1, **data):
         """The count-th line of that event behind the mark."""
-        end = time.monotonic() + timeout * PATIENCE
+        end = time.monotonic() + patience(timeout)
         while True:
             found = [e for e in self.said[since:] if e.get("event") == name and all(e.get(k) == v for k, v in data.items())]
             if len(found) >= count:
@@ -369,7 +372,7 @@ class Tool:
             if left <= 0 or self.lines.ended:
                 self.errors.seek(0)
                 kinds = [e.get("event") for e in self.said[since:] if e.get("event") != "hit"]
-                raise Late(f"the tool did not say '{name}' {count} times within {timeout * PATIENCE} s but {len(found)} times; status "
+                raise Late(f"the tool did not say '{name}' {count} times within {patience(timeout)} s but {len(found)} times; status "
                            f"{self.process.poll()}, other things it said: {kinds}, on stderr: {self.errors.read()}")
             self.pump(left)
 
@@ -384,7 +387,7 @@ class Tool:
 
     def finish(self, timeout=20):
         """Wait for its end and the rest of what it says; returns its status."""
-        end = time.monotonic() + timeout * PATIENCE
+        end = time.monotonic() + patience(timeout)
         while not self.lines.ended and time.monotonic() < end:
             self.pump(end - time.monotonic())
         return self.process.wait(max(end - time.monotonic(), 0.1))
@@ -401,7 +404,7 @@ def kvmi(command, *arguments, timeout=60, status=0, socket=True):
     """Runs a command of the tool that ends by itself; returns (what it printed, what it complained about)."""
     argv = [str(BUILD / "tools/kvmi"), command, *(["--socket", str(SOCKET)] if socket else []), *arguments]
     env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"))
-    r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, timeout=timeout * PATIENCE)
+    r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, timeout=patience(timeout))
     out, errors = r.stdout.decode(), r.stderr.decode()
     assert r.returncode == status, f"kvmi {command} ended with status {r.returncode}: {errors}{out[-2000:]}"
     return out, errors
@@ -441,9 +444,9 @@ class RawTool:
 
     def accept(self, timeout=20):
         """Wait for QEMU; takes in its half of the handshake."""
-        self.server.settimeout(timeout * PATIENCE)
+        self.server.settimeout(patience(timeout))
         self.sock, _ = self.server.accept()
-        self.sock.settimeout(timeout * PATIENCE)
+        self.sock.settimeout(patience(timeout))
         size, = struct.unpack("=I", self.exactly(4))
         hello = self.exactly(size - 4)
         self.hello = struct.pack("=I", size) + hello
@@ -493,7 +496,7 @@ class RawTool:
         return self
 
     def await_unhook(self, timeout=20):
-        self.sock.settimeout(timeout * PATIENCE)
+        self.sock.settimeout(patience(timeout))
         while True:
             ident, _, data = self.message()
             if ident == 0 and struct.unpack_from("=H", data)[0] == EVENT_UNHOOK:
@@ -501,7 +504,7 @@ class RawTool:
 
     def closed(self, timeout=20):
         """Has the other side hung up? Throws away what it sent before."""
-        self.sock.settimeout(timeout * PATIENCE)
+        self.sock.settimeout(patience(timeout))
         try:
             while self.sock.recv(65536):
                 pass

@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import BUILD, HOT, PATIENCE, Guest, Watch, symbols, wait_until
+from inside import BUILD, HOT, Guest, Watch, symbols, wait_until
 from scenarios import breakpoint_offsets, code, hook, info, same_memory, wait_state
 from virsh import Domain, Libvirtd, VirshError
 
@@ -33,7 +33,7 @@ DEADLINE = 2
 def scenario(timeout=300, **options):
     """options: for Domain.xml(); such a domain is not shared. kvmi=None: no domain at all."""
     def add(function):
-        function.timeout, function.options = timeout * PATIENCE, options
+        function.timeout, function.options = 2 * timeout, options
         SCENARIOS[function.__name__] = function
         return function
     return add

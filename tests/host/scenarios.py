@@ -17,17 +17,17 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, PATIENCE, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, symbols, wait_until)
+from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
+                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
 
 SCENARIOS = {}
 
 
 def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
-    """timeout: seconds, a boot of the guest included, on an idle machine. fresh: wants a guest that has never been hooked. guest=False: wants none, and
+    """timeout: seconds, a boot of the guest included, on an idle machine (others get twice as much). fresh: wants a guest that has never been hooked. guest=False: wants none, and
     leaves a host that is good for nothing more."""
     def add(function):
-        function.timeout, function.object_options, function.fresh, function.guest = timeout * PATIENCE, object_options or {}, fresh, guest
+        function.timeout, function.object_options, function.fresh, function.guest = 2 * timeout, object_options or {}, fresh, guest
         function.machine = machine
         into[function.__name__] = function
         return function
@@ -126,9 +126,9 @@ class Pulse:
         self.lag = max(self.lag, time.monotonic() - end - 0.05)
 
     def until(self, check, timeout, what):
-        end = time.monotonic() + timeout * PATIENCE
+        end = time.monotonic() + patience(timeout)
         while not check():
-            assert time.monotonic() < end, f"waited {timeout * PATIENCE} s in vain for {what}"
+            assert time.monotonic() < end, f"waited {patience(timeout)} s in vain for {what}"
             self.beat()
 
     def check(self):

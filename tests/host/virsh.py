@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import inside
-from inside import BUILD, PATIENCE, QMP, Guest, Late, QMPError, wait_until
+from inside import BUILD, QMP, Guest, Late, QMPError, patience, wait_until
 
 HOST_UUID = "6b766d69-0000-4000-8000-0000000000{:02x}"
 
@@ -26,7 +26,7 @@ class Job:
     """A virsh that runs meanwhile."""
 
     def __init__(self, argv, timeout):
-        self.argv, self.timeout, self.begin = argv, timeout * PATIENCE, time.monotonic()
+        self.argv, self.timeout, self.begin = argv, patience(timeout), time.monotonic()
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def result(self):
@@ -112,7 +112,7 @@ END
             argv = ["unshare", "-mu", "--propagation", "private", *argv]
         # Not pipes: the daemons keep what they inherit.
         with open(self.dir / "output", "w+") as output:
-            r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=60 * PATIENCE)
+            r = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=patience(60))
             output.seek(0)
             assert r.returncode == 0, f"libvirtd did not start: {output.read()}"
         self.virsh("uri", timeout=60)
