@@ -11,13 +11,12 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import scenarios
-from inside import DIR, GET_VERSION, HMP, HOT, QMP, SOCKET, Guest, Late, QMPError, RawTool, Watch, wait_until
+from inside import DIR, GET_VERSION, HMP, HOT, QMP, SOCKET, Guest, RawTool, wait_until
 from scenarios import Pulse, code, cont, expect, info, same_memory, wait_state
 
 SCENARIOS = {}
@@ -530,7 +529,7 @@ class Savevm(Human):
     def check(self, tool):
         super().check(tool)
         if tool.planted:
-            g, mark = self.g, self.g.qmp.mark()
+            g = self.g
             g.qmp.execute("stop")
             assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=60) == ""
             same_memory(self.before, code(g), "the snapshot")
@@ -786,13 +785,11 @@ def gate_reset(g):
 @scenario(timeout=600, fresh=True)
 def gate_shutdown(g):
     """Powered off, the guest is cut off; with on-shutdown=announce, the tool is asked to leave, within its deadline."""
-    before = code(g)
     g.qmp.execute("set-action", shutdown="pause", reboot="reset")
     for mode, outcome in (("cut", "forced"), ("announce", "clean")):
         g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value=mode)
         with Prompt(g) as tool:
             mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
-            before = code(g)
             g.tell("power off")
             g.qmp.event("SHUTDOWN", since=mark)
             took = time.monotonic() - begin
@@ -874,6 +871,13 @@ def gate_suspend(g):
     """The guest suspends to RAM and wakes up, with the object and no tool."""
     # Once only: this guest's serial line is deaf when it has woken up
     combine(g, Suspend, (NoTool,))
+    g.spoilt = True
+
+
+@scenario(timeout=600, machine="q35")
+def gate_suspend_with_tool(g):
+    """… with a tool, which is asked to leave first and comes back when the guest has woken up."""
+    combine(g, Suspend, (Prompt,))
     g.spoilt = True
 
 
