@@ -110,7 +110,7 @@ static void *wait_guest(void)
 	void *dom;
 
 	clock_gettime(CLOCK_REALTIME, &end);
-	end.tv_sec += 30;
+	end.tv_sec += 60;
 	pthread_mutex_lock(&lock);
 	while (!guest)
 		check(!pthread_cond_timedwait(&changed, &lock, &end));
@@ -200,7 +200,7 @@ static void pause_all(void *dom, struct kvmi_dom_event **events)
 	memset(events, 0, vcpus * sizeof(*events));
 	ok(kvmi_pause_all_vcpus(dom, vcpus));
 	while (left) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 		unsigned int vcpu;
 
 		check(event);
@@ -328,7 +328,7 @@ static unsigned int breakpoints(void *dom, unsigned int count)
 	unsigned char original[8];
 	unsigned int hits = 0, i;
 	bool seen[VCPUS_MAX] = { false };
-	double end = now() + 60;
+	double end = now() + 100;
 
 	control(dom, KVMI_EVENT_BREAKPOINT, true);
 	control(dom, KVMI_EVENT_SINGLESTEP, true);
@@ -337,7 +337,7 @@ static unsigned int breakpoints(void *dom, unsigned int count)
 		ok(kvmi_write_physical(dom, addresses[i], &int3, 1));
 	}
 	while (!count || hits < count) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 		unsigned int vcpu;
 
 		if (!event && errno == ENOTCONN)
@@ -411,7 +411,7 @@ static void test_registers(void *dom)
 {
 	static const unsigned int msrs[] = { 0x6e0, 0x838, 0x80b };
 	unsigned int crs = 0, writes = 0, i, j;
-	double end = now() + 40;
+	double end = now() + 100;
 
 	control(dom, KVMI_EVENT_CR, true);
 	control(dom, KVMI_EVENT_MSR, true);
@@ -421,7 +421,7 @@ static void test_registers(void *dom)
 			ok(kvmi_control_msr(dom, i, msrs[j], true));
 	}
 	while (crs < 5 || writes < 20) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 
 		check(event && now() < end);
 		switch (event->event.common.event) {
@@ -459,12 +459,12 @@ static void test_pages(void *dom)
 	unsigned long long page = addresses[0] & ~4095ULL;
 	unsigned char access = KVMI_PAGE_ACCESS_R | KVMI_PAGE_ACCESS_W;
 	unsigned int faults = 0;
-	double end = now() + 40;
+	double end = now() + 100;
 
 	control(dom, KVMI_EVENT_PF, true);
 	ok(kvmi_set_page_access(dom, &page, &access, 1, 0));
 	while (faults < 40) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 
 		check(event && now() < end);
 		check(event->event.common.event == KVMI_EVENT_PF);
@@ -496,7 +496,7 @@ static void test_step(void *dom)
 	ok(kvmi_control_singlestep(dom, 0, true));
 	resume_all(dom, events);
 	while (steps < 200) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 
 		check(event);
 		check(event->event.common.event == KVMI_EVENT_SINGLESTEP);
@@ -545,7 +545,7 @@ static void test_batch(void *dom)
 		kvmi_batch_free(batch);
 		for (i = 0; i < vcpus; i++)
 			free(events[i]);
-		events[0] = next(dom, 5);
+		events[0] = next(dom, 20);
 		check(events[0] && events[0]->event.common.event ==
 		      KVMI_EVENT_PAUSE_VCPU);
 		let_go(dom, events[0]);
@@ -566,7 +566,7 @@ static void test_inject(void *dom)
 	 */
 	ok(kvmi_inject_exception(dom, 0, 0, 0, 1));
 	resume_all(dom, events);
-	event = next(dom, 5);
+	event = next(dom, 20);
 	check(event && event->event.common.event == KVMI_EVENT_TRAP);
 	tell("trap %u", event->event.trap.vector);
 	let_go(dom, event);
@@ -603,7 +603,7 @@ static void test_close(void *dom, const char *socket)
 	control(dom, KVMI_EVENT_BREAKPOINT, true);
 	ok(kvmi_write_physical(dom, addresses[0], &int3, 1));
 	for (i = 0; i < 3; i++) {
-		struct kvmi_dom_event *event = next(dom, 5);
+		struct kvmi_dom_event *event = next(dom, 20);
 
 		check(event && event->event.common.event ==
 		      KVMI_EVENT_BREAKPOINT);

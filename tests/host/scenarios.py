@@ -887,7 +887,7 @@ class Client:
         wait_until(lambda: words in self.read() or self.process.poll() is not None, timeout, f"the client to say '{words}'")
         assert words in self.read(), f"the client ended with status {self.process.returncode}"
 
-    def finish(self, timeout=60):
+    def finish(self, timeout=120):
         status = self.process.wait(timeout)
         self.read()
         assert status == 0, f"the client ended with status {status}"
