@@ -71,7 +71,7 @@ our_sources()
                 if (s[i] == code || s[i] ~ /^(old)*stable$/) main = 1
                 if (s[i] == code "-security" || s[i] ~ /^(old)*stable-security$/) security = 1
             }
-            # QEMU 10.0 is the one of Debian 13
+            # QEMU 10.0 and Bochs 3.0 are those of Debian 13
             if (main && !have[uris, "m"]++) {
                 stanza("deb", code " " code "-updates " code "-backports")
                 stanza("deb-src", "trixie trixie-updates")
@@ -93,8 +93,8 @@ apt_setup()
     [ -s "$apt/kvmi.sources" ] || die \
         "the system's package sources don't name Debian's archive for $debian" \
         "Looked in /etc/apt/sources.list and /etc/apt/sources.list.d." \
-        "Add it there, or give the sources by --with-linux-source=, --with-qemu-source=" \
-        "and --with-kernel-headers=."
+        "Add it there, or give the sources by --with-linux-source=, --with-qemu-source=," \
+        "--with-bochs-source= and --with-kernel-headers=."
     # Those of an hour ago are new enough
     if [ -n "$(find "$apt/updated" -mmin -60 2>/dev/null)" ] &&
        cmp -s "$apt/kvmi.sources" "$apt/updated"; then
@@ -139,7 +139,7 @@ explain_apt()
     fi
 }
 
-# apt_fetch CACHE download|source PACKAGE...
+# apt_fetch CACHE download|source|tarball PACKAGE...
 #
 # Into CACHE/downloads; a file appears there when it is complete and its
 # checksum is right.  What an interrupted run left is continued.
@@ -149,7 +149,10 @@ apt_fetch()
     shift 2
     _partial=$_dl/partial/$(printf %s "$*" | tr -c 'a-zA-Z0-9.+~-' _)
     mkdir -p "$_partial"
-    [ "$_what" = download ] || _what="source --download-only"
+    case $_what in
+    source) _what="source --download-only" ;;
+    tarball) _what="source --download-only --tar-only" ;;
+    esac
     (
         cd "$_partial" || exit 1
         # shellcheck disable=SC2046,SC2086

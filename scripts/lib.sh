@@ -38,7 +38,7 @@ find_build()
 # Is what configure found still there? The cache may have gone.
 sources_there()
 {
-    (. "$B/config.sh" && [ -d "$LINUX_SRC" ] && [ -d "$QEMU_SRC" ] &&
+    (. "$B/config.sh" && [ -d "$LINUX_SRC" ] && [ -d "$QEMU_SRC" ] && [ -d "${BOCHS_SRC:-}" ] &&
         [ -d "$KERNEL_HEADERS" ] && [ -d "$KERNEL_IMAGE_ROOT" ])
 }
 
