@@ -24,6 +24,7 @@
 #include <linux/kvm_host.h>
 #include <linux/kvmi_host.h>
 #include <asm/debugreg.h>
+#include <asm/insn.h>
 
 #include "kvm_cache_regs.h"
 #include "svm.h"
@@ -110,6 +111,7 @@ void __svm_step_end(struct kvm_vcpu *vcpu)
 	bool moved = save->rip != step->rip;
 
 	step->ended = step->armed;
+	step->sysret_tried = step->armed && step->sysret;
 	if (!step->armed) {
 		step->iret = false;
 		step->sysret = false;
@@ -150,17 +152,29 @@ static bool svm_step_was_intercepted(struct vcpu_svm *svm, int bit)
 	return test_bit(bit, (unsigned long *)svm->step.intercepts);
 }
 
-/* The bytes that can be read at RIP; the rest is zero */
+/*
+ * The bytes that can be executed at RIP; the rest is zero.  That is more than
+ * can be read: protection keys are for data only.
+ */
 static void svm_step_fetch(struct kvm_vcpu *vcpu, u8 *insn, int size)
 {
 	unsigned long ip = kvm_get_linear_rip(vcpu);
+	struct kvm_mmu *mmu = vcpu->arch.walk_mmu;
+	u64 access = PFERR_FETCH_MASK;
 	struct x86_exception e;
+	gpa_t gpa;
 	int i;
 
+	if (to_svm(vcpu)->vmcb->save.cpl == 3)
+		access |= PFERR_USER_MASK;
+
 	memset(insn, 0, size);
-	for (i = 0; i < size; i++)
-		if (kvm_read_guest_virt(vcpu, ip + i, insn + i, 1, &e))
+	for (i = 0; i < size; i++) {
+		gpa = mmu->gva_to_gpa(vcpu, mmu, ip + i, access, &e);
+		if (gpa == INVALID_GPA ||
+		    kvm_vcpu_read_guest(vcpu, gpa, insn + i, 1))
 			return;
+	}
 }
 
 /* Returns the handler's number if somebody else has to know of the #DB */
@@ -192,15 +206,37 @@ static int svm_step_db(struct kvm_vcpu *vcpu)
 	return 1;
 }
 
+/* But not LOCK, with which a SYSRET is undefined */
+static bool svm_step_is_prefix(struct kvm_vcpu *vcpu, u8 byte)
+{
+	switch (byte) {
+	case 0x26:
+	case 0x2e:
+	case 0x36:
+	case 0x3e:
+	case 0x64 ... 0x67:
+	case 0xf2:
+	case 0xf3:
+		return true;
+	case 0x40 ... 0x4f:
+		return is_64_bit_mode(vcpu);
+	default:
+		return false;
+	}
+}
+
 static bool svm_step_is_sysret(struct kvm_vcpu *vcpu)
 {
-	u8 insn[3];
+	u8 insn[MAX_INSN_SIZE];
+	int i;
 
 	svm_step_fetch(vcpu, insn, sizeof(insn));
-	if (is_64_bit_mode(vcpu) && (insn[0] & 0xf0) == 0x40)
-		return insn[1] == 0x0f && insn[2] == 0x07;
+	for (i = 0; i < sizeof(insn) - 2; i++) {
+		if (!svm_step_is_prefix(vcpu, insn[i]))
+			break;
+	}
 
-	return insn[0] == 0x0f && insn[1] == 0x07;
+	return insn[i] == 0x0f && insn[i + 1] == 0x07;
 }
 
 static int svm_step_exception(struct kvm_vcpu *vcpu, int vector)
@@ -211,8 +247,10 @@ static int svm_step_exception(struct kvm_vcpu *vcpu, int vector)
 	if (vector == DB_VECTOR)
 		return svm_step_db(vcpu);
 
+	/* If it is undefined with EFER.SCE, too, it is the guest's #UD */
 	if (vector == UD_VECTOR && (svm->step.efer & EFER_SCE) &&
-	    svm->step.trap && svm_step_is_sysret(vcpu)) {
+	    svm->step.trap && !svm->step.sysret_tried &&
+	    svm_step_is_sysret(vcpu)) {
 		svm->step.sysret = true;
 		svm->step.rip = kvm_rip_read(vcpu);
 		return 1;
@@ -235,7 +273,7 @@ static int svm_step_exception(struct kvm_vcpu *vcpu, int vector)
 
 static int svm_step_int(struct kvm_vcpu *vcpu)
 {
-	u8 insn[15];
+	u8 insn[MAX_INSN_SIZE];
 	int i;
 
 	svm_step_fetch(vcpu, insn, sizeof(insn));

@@ -18,6 +18,7 @@ struct svm_kvmi_step {
 	bool trap;		/* TF is set for it */
 	bool iret;		/* the next instruction is an IRET */
 	bool sysret;		/* or a SYSRET */
+	bool sysret_tried;	/* the exit is from there */
 
 	/* As it was before the entry */
 	u64 rip;
