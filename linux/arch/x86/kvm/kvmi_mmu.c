@@ -416,6 +416,7 @@ int kvmi_pf_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 {
 	const struct kvmi_vcpu_event_pf *data = (const void *)ev->data;
 	struct kvmi_pf *pf = kvmi_this_pf(vcpu);
+	int r;
 
 	/* Nothing is restricted any more */
 	if (abandoned)
@@ -433,5 +434,15 @@ int kvmi_pf_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 	pf->granted[pf->nr_granted].access = data->access;
 	pf->nr_granted++;
 
-	return kvm_emulate_instruction(vcpu, 0);
+	r = kvm_emulate_instruction(vcpu, 0);
+
+	/*
+	 * The instruction is over, unless it has come to the next access, or
+	 * userspace has to do a part of it.  Another one has to ask for itself,
+	 * even if KVM emulates it without an exit in between.
+	 */
+	if (r > 0 && !vcpu->kvmi->ev.open)
+		pf->nr_granted = 0;
+
+	return r;
 }
