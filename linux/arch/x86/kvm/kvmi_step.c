@@ -280,11 +280,23 @@ void __kvmi_exception_queue(struct kvm_vcpu *vcpu)
 /* Is one on its way?  The vCPU has nothing else to do first. */
 bool kvmi_arch_exception_due(struct kvm_vcpu *vcpu)
 {
-	/* It is what ends a HLT */
-	if (vcpu->arch.mp_state == KVM_MP_STATE_HALTED)
-		__kvmi_exception_queue(vcpu);
+	struct kvmi_exception *ex = &vcpu->kvmi->arch.exception;
 
-	return vcpu->kvmi->arch.exception.state != KVMI_EXCEPTION_NONE;
+	/*
+	 * It is what ends a HLT.  At once: if userspace takes it away while the
+	 * vCPU is still halted, nothing would make the vCPU look for it again,
+	 * nor for the pauses that wait for its event.
+	 */
+	if (vcpu->arch.mp_state == KVM_MP_STATE_HALTED) {
+		__kvmi_exception_queue(vcpu);
+		if (ex->state == KVMI_EXCEPTION_DUE) {
+			vcpu->arch.pv.pv_unhalted = false;
+			vcpu->arch.mp_state = KVM_MP_STATE_RUNNABLE;
+			vcpu->arch.apf.halted = false;
+		}
+	}
+
+	return ex->state != KVMI_EXCEPTION_NONE;
 }
 
 void __kvmi_exception_injected(struct kvm_vcpu *vcpu, bool *immediate_exit)
