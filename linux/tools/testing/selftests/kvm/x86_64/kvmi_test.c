@@ -385,6 +385,32 @@ static void guest_serve(void)
 	GUEST_DONE();
 }
 
+/* Not in processor.h */
+#define HAS_AVX		KVM_X86_CPU_FEATURE(0x1, 0, ECX, 28)
+
+/* Has a number in a register of the FPU, never far from that in memory */
+static void guest_count_fpu(void)
+{
+	bool avx = this_cpu_has(HAS_AVX);
+	u32 regs[4];
+	u64 i;
+
+	if (avx) {
+		set_cr4(get_cr4() | X86_CR4_OSXSAVE);
+		xsetbv(0, 7);
+	}
+	for (i = 1; !READ_ONCE(stop); i++) {
+		if (avx)
+			asm volatile("vbroadcastsd %0, %%ymm15" : : "m"(i));
+		else
+			asm volatile("movq %0, %%xmm15" : : "m"(i));
+		WRITE_ONCE(counter, i);
+		if (!(i % 4096))
+			__cpuid(0, 0, &regs[0], &regs[1], &regs[2], &regs[3]);
+	}
+	GUEST_DONE();
+}
+
 /*
  * Guests to be stepped.  Each has a table of where its steps begin, and begins
  * with an INT3 that is not among them.  What is pushed or saved of RFLAGS goes
@@ -424,8 +450,10 @@ static u64 ud_rip;
 extern const u64 plain_steps[], flags_steps[], rep_steps[], loop_steps[],
 		 shadow_steps[], syscall_steps[], pf_steps[], ud_steps[],
 		 int3_steps[], int_steps[], tf_steps[], hlt_steps[],
-		 sysret_steps[], iret_steps[];
-extern u8 pf_next[], step_syscall_entry[], step_user[], step_user_end[];
+		 sysret_steps[], sysret_prefix_steps[], iret_steps[],
+		 execonly_steps[];
+extern u8 pf_next[], step_syscall_entry[], step_sysret[], step_sysret_end[],
+	  step_sysret_prefix[], step_sysret_prefix_end[], step_execonly[];
 
 static void guest_step_plain(void)
 {
@@ -562,30 +590,36 @@ static void guest_step_syscall(void)
 }
 
 /* To user mode, two steps there, and back */
-static void guest_step_sysret(void)
-{
-	u64 flags = 0, sp;
-
-	guest_init_syscall(step_user_end);
-	asm volatile("mov %%rsp, %1\n"
-		     STEPS(sysret_steps)
-		     STEP("lea step_user(%%rip), %%rcx")
-		     STEP("mov $0x202, %%r11d")
-		     STEP("sysretq")
-		     "step_user:\n"
-		     STEP("nop")
-		     STEP("nop")
-		     STEP("syscall")
-		     "step_user_end:\n"
-		     STEP("mov %%r11, %0")
-		     STEP("push %0")
-		     STEP("popfq")
-		     STEPS_END
-		     : "=&r"(flags), "=&r"(sp) : : "rcx", "r11", "memory");
-	WRITE_ONCE(seen_flags, flags);
-	WRITE_ONCE(result, flags == 0x202);
-	GUEST_DONE();
+#define GUEST_STEP_SYSRET(name, insn)					\
+static void guest_step_##name(void)					\
+{									\
+	u64 flags = 0, sp;						\
+									\
+	guest_init_syscall(step_##name##_end);				\
+	asm volatile("mov %%rsp, %1\n"					\
+		     STEPS(name##_steps)				\
+		     STEP("lea step_" #name "(%%rip), %%rcx")		\
+		     STEP("mov $0x202, %%r11d")				\
+		     STEP(insn)						\
+		     "step_" #name ":\n"				\
+		     STEP("nop")					\
+		     STEP("nop")					\
+		     STEP("syscall")					\
+		     "step_" #name "_end:\n"				\
+		     STEP("mov %%r11, %0")				\
+		     STEP("push %0")					\
+		     STEP("popfq")					\
+		     STEPS_END						\
+		     : "=&r"(flags), "=&r"(sp) : : "rcx", "r11",	\
+		     "memory");						\
+	WRITE_ONCE(seen_flags, flags);					\
+	WRITE_ONCE(result, flags == 0x202);				\
+	GUEST_DONE();							\
 }
+
+GUEST_STEP_SYSRET(sysret, "sysretq")
+/* CS and 66 mean nothing here, and nor does a REX that isn't the last */
+GUEST_STEP_SYSRET(sysret_prefix, ".byte 0x2e, 0x44, 0x66\n sysretq")
 
 static void guest_step_iret(void)
 {
@@ -677,6 +711,25 @@ static void guest_step_int(void)
 		     STEP("nop")
 		     STEPS_END
 		     : : : "memory");
+	GUEST_DONE();
+}
+
+/* On a page of which a protection key lets nothing be read */
+static void guest_step_execonly(void)
+{
+	u32 pkru, d;
+
+	set_cr4(get_cr4() | X86_CR4_PKE);
+	asm volatile(STEPS(execonly_steps)
+		     STEP("wrpkru")
+		     "step_execonly:\n"
+		     STEP("nop")
+		     STEP("int $0x50")
+		     STEP("nop")
+		     STEPS_END
+		     : : "a"(1), "c"(0), "d"(0) : "memory");
+	asm volatile("rdpkru" : "=a"(pkru), "=d"(d) : "c"(0));
+	WRITE_ONCE(result, pkru);
 	GUEST_DONE();
 }
 
@@ -5546,10 +5599,53 @@ KVM_ONE_VCPU_TEST(kvmi, vcpu_get_xcr, guest_serve)
 	unhook(vm);
 }
 
-/* XMM15 in the FXSAVE area, and XSTATE_BV and XCOMP_BV behind it */
+/*
+ * XMM15 in the FXSAVE area, XSTATE_BV and XCOMP_BV behind it, and what YMM15
+ * has more than XMM15
+ */
 #define XMM15(xsave)    (*(u64 *)((u8 *)(xsave) + 400))
+#define YMM15_HIGH(xsave) (*(u64 *)((u8 *)(xsave) + 816))
 #define XSTATE_BV(xsave) (*(u64 *)((u8 *)(xsave) + 512))
 #define XCOMP_BV(xsave)  (*(u64 *)((u8 *)(xsave) + 520))
+
+/*
+ * What is in the CPU counts, not what it was when the vCPU's thread slept last.
+ * On a host with more than one CPU it hasn't slept.
+ */
+KVM_ONE_VCPU_TEST(kvmi, vcpu_get_xsave_live, guest_count_fpu)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_xsave xsave;
+	struct event ev;
+	struct runner r;
+	u64 before, xmm;
+	int i;
+
+	hook(vm);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	for (i = 0; i < 50; i++) {
+		before = guest_read(vm, counter);
+		/* Now and then with an event, in which the vCPU waits */
+		if (i % 10 == 9) {
+			assert_err(pause_vcpu(0, 0), 0);
+			get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+		}
+		assert_err(__vcpu_command(KVMI_VCPU_GET_XSAVE, 0, NULL, 0,
+					  &xsave, sizeof(xsave)), 0);
+		if (i % 10 == 9)
+			reply_continue(&ev);
+		xmm = XMM15(&xsave);
+		TEST_ASSERT(xmm >= before, "0x%lx, should be 0x%lx or more",
+			    (unsigned long)xmm, (unsigned long)before);
+		if (kvm_cpu_has(HAS_AVX))
+			TEST_ASSERT_EQ(YMM15_HIGH(&xsave), xmm);
+		/* It runs on while nobody asks */
+		wait_for(guest_read(vm, counter) > xmm);
+	}
+	stop_guest(&r);
+	unhook(vm);
+}
 
 KVM_ONE_VCPU_TEST(kvmi, vcpu_xsave, guest_serve)
 {
@@ -5813,6 +5909,14 @@ static void get_pf(struct event *ev, u64 gva, u64 gpa, u8 access)
 	TEST_ASSERT(!ev->pf.padding2 && !ev->pf.padding3, "padding");
 }
 
+static void pass_pf(u64 gva, u64 gpa, u8 access)
+{
+	struct event ev;
+
+	get_pf(&ev, gva, gpa, access);
+	reply_continue(&ev);
+}
+
 /* Starts guest_access() with its pages mapped and used; returns target's gpa */
 static u64 start_access(struct runner *r, struct kvm_vcpu *vcpu, u64 *gva)
 {
@@ -5980,37 +6084,29 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 
 	*page = 1;
 	give_order(vm, DO_ADD);
-	get_pf(&ev, gva, gpa, ACCESS_R);
-	reply_continue(&ev);
-	get_pf(&ev, gva, gpa, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_R);
+	pass_pf(gva, gpa, ACCESS_W);
 	wait_order(vm);
 	TEST_ASSERT_EQ(*page, 6);
 
 	*page = 0;
 	give_order(vm, DO_CMPXCHG);
-	get_pf(&ev, gva, gpa, ACCESS_R);
-	reply_continue(&ev);
-	get_pf(&ev, gva, gpa, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_R);
+	pass_pf(gva, gpa, ACCESS_W);
 	wait_order(vm);
 	TEST_ASSERT_EQ(*page, 9);
 
 	give_order(vm, DO_CROSS);
-	get_pf(&ev, gva + PAGE_SIZE - 4, gpa + PAGE_SIZE - 4, ACCESS_W);
-	reply_continue(&ev);
-	get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva + PAGE_SIZE - 4, gpa + PAGE_SIZE - 4, ACCESS_W);
+	pass_pf(gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
 	wait_order(vm);
 	TEST_ASSERT_EQ(*(u64 *)((u8 *)page + PAGE_SIZE - 4),
 		       0x1122334455667788);
 
 	memset((u8 *)page + 3 * PAGE_SIZE, 0x42, 128);
 	give_order(vm, DO_MOVS);
-	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
-	reply_continue(&ev);
-	get_pf(&ev, gva + PAGE_SIZE - 64, gpa + PAGE_SIZE - 64, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
+	pass_pf(gva + PAGE_SIZE - 64, gpa + PAGE_SIZE - 64, ACCESS_W);
 	get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
 	/* In the middle of it */
 	TEST_ASSERT_EQ(ev.common.arch.regs.rcx, 64);
@@ -6020,10 +6116,8 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_instructions, guest_access)
 			    (u8 *)page + 3 * PAGE_SIZE, 128), "not copied");
 
 	give_order(vm, DO_PUSH);
-	get_pf(&ev, gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
-	reply_continue(&ev);
-	get_pf(&ev, gva + 0xf8, gpa + 0xf8, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva + 3 * PAGE_SIZE, gpa + 3 * PAGE_SIZE, ACCESS_R);
+	pass_pf(gva + 0xf8, gpa + 0xf8, ACCESS_W);
 	wait_order(vm);
 	TEST_ASSERT_EQ(page[0xf8 / 8], 0x4242424242424242);
 	TEST_ASSERT_EQ(guest_read(vm, result), gva + 0xf8);
@@ -6058,14 +6152,11 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_retry, guest_access)
 	/* What it was granted for one instruction it has to ask for again */
 	assert_err(set_page_access(gpa, 0), 0);
 	give_order(vm, DO_ADD);
-	get_pf(&ev, gva, gpa, ACCESS_R);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_R);
 	get_pf(&ev, gva, gpa, ACCESS_W);
 	reply_retry(&ev);
-	get_pf(&ev, gva, gpa, ACCESS_R);
-	reply_continue(&ev);
-	get_pf(&ev, gva, gpa, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_R);
+	pass_pf(gva, gpa, ACCESS_W);
 	wait_order(vm);
 	TEST_ASSERT_EQ(*page, 11);
 
@@ -6115,13 +6206,12 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_endbr, guest_access)
 	*(u64 *)addr_gva2hva(vm, gva) = 0xc3fa1e0ff3;
 	assert_err(set_page_access(gpa, ACCESS_R), 0);
 	give_order(vm, DO_EXEC);
-	get_pf(&ev, gva, gpa, ACCESS_X);
-	reply_continue(&ev);
-	get_pf(&ev, gva + 4, gpa + 4, ACCESS_X);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_X);
+	pass_pf(gva + 4, gpa + 4, ACCESS_X);
 	wait_order(vm);
 	assert_page_access(gpa, ACCESS_R);
 
+	unhook(vm);
 	stop_access(&r);
 }
 
@@ -6266,8 +6356,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_memslot, guest_access)
 	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA);
 	assert_page_access(EXTRA_GPA, ACCESS_R);
 	give_order(vm, DO_WRITE);
-	get_pf(&ev, gva, EXTRA_GPA, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva, EXTRA_GPA, ACCESS_W);
 	wait_order(vm);
 
 	vm_mem_region_delete(vm, EXTRA_SLOT);
@@ -6352,8 +6441,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_nested, guest_nested)
 	get_version();
 	start(&r, vcpu);
 	assert_err(get_reply(KVMI_VCPU_CONTROL_EVENTS, seq, NULL, 0), 0);
-	get_pf(&ev, gva, gpa, ACCESS_W);
-	reply_continue(&ev);
+	pass_pf(gva, gpa, ACCESS_W);
 	get_pf(&ev, gva, gpa, ACCESS_W);
 	TEST_ASSERT_EQ(*page, 0x99);
 	TEST_ASSERT_EQ(guest_read(vm, result), SVM_EXIT_VMMCALL);
@@ -6396,8 +6484,7 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
 		wait_order(vm);
 		TEST_ASSERT_EQ(vm_get_stat(vm, "pages_2m"), 0);
 		give_order(vm, DO_CROSS);
-		get_pf(&ev, gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
-		reply_continue(&ev);
+		pass_pf(gva + PAGE_SIZE, gpa + PAGE_SIZE, ACCESS_W);
 		wait_order(vm);
 		assert_err(set_page_access(gpa + PAGE_SIZE, ACCESS_ALL), 0);
 	}
@@ -6625,9 +6712,17 @@ static void make_user_page(struct kvm_vm *vm, u64 gva)
 
 KVM_ONE_VCPU_TEST(kvmi_step, singlestep_sysret, guest_step_sysret)
 {
-	make_user_page(vcpu->vm, (u64)step_user);
-	make_user_page(vcpu->vm, (u64)step_user_end);
+	make_user_page(vcpu->vm, (u64)step_sysret);
+	make_user_page(vcpu->vm, (u64)step_sysret_end);
 	test_steps(vcpu, sysret_steps, 0);
+	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
+}
+
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_sysret_prefix, guest_step_sysret_prefix)
+{
+	make_user_page(vcpu->vm, (u64)step_sysret_prefix);
+	make_user_page(vcpu->vm, (u64)step_sysret_prefix_end);
+	test_steps(vcpu, sysret_prefix_steps, 0);
 	TEST_ASSERT_EQ(guest_read(vcpu->vm, result), 1);
 }
 
@@ -6738,6 +6833,25 @@ KVM_ONE_VCPU_TEST(kvmi_step, singlestep_int, guest_step_int)
 		    "the handler has not been stepped");
 	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
 	TEST_ASSERT_EQ(guest_read(vm, trap_rip), int_steps[2]);
+}
+
+/* Where KVM could not see which INT it is if it read it as data */
+KVM_ONE_VCPU_TEST(kvmi_step, singlestep_int_execonly, guest_step_execonly)
+{
+	struct kvm_vm *vm = vcpu->vm;
+
+	if (!kvm_cpu_has(X86_FEATURE_PKU)) {
+		print_skip("no protection keys");
+		return;
+	}
+
+	make_user_page(vm, (u64)step_execonly);
+	vm_install_exception_handler(vm, INT_VECTOR, guest_on_step_bp);
+	TEST_ASSERT(test_steps(vcpu, execonly_steps, STEPS_OUTSIDE) > 20,
+		    "the handler has not been stepped");
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	TEST_ASSERT_EQ(guest_read(vm, trap_rip), execonly_steps[3]);
+	TEST_ASSERT_EQ(guest_read(vm, result), 1);
 }
 
 /* The guest's own single-stepping goes on */
