@@ -6199,7 +6199,6 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_endbr, guest_access)
 {
 	struct kvm_vm *vm = vcpu->vm;
 	struct runner r;
-	struct event ev;
 	u64 gva, gpa;
 
 	gpa = start_access(&r, vcpu, &gva);
@@ -6457,7 +6456,6 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_huge, guest_access)
 	struct kvm_vm *vm = vcpu->vm;
 	const u64 huge = 2ul << 20, gpa = 0x40000000, gva = 0x80000000;
 	struct runner r;
-	struct event ev;
 	u64 old_gva;
 	int i;
 
