@@ -1,14 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What an exit costs: a guest that does nothing but CPUID.
+ * What an exit costs: a guest that does nothing but CPUID.  With a third
+ * argument ("hooked") there is a tool, which has made the vCPU's acquaintance and
+ * now sits there.
  *
  * Prints the lower quartile of nanoseconds per exit over the batches.  On a
  * host whose clock counts instructions (QEMU's -icount, Bochs) these are
  * instructions times a constant.
  */
+#include <stdbool.h>
 #include <stdio.h>
 
 #include "guest.h"
+#include "tool.h"
 
 int main(int argc, char **argv)
 {
@@ -18,11 +22,12 @@ int main(int argc, char **argv)
     };
     unsigned int exits = argc > 1 ? atoi(argv[1]) : 2000;
     unsigned int batches = argc > 2 ? atoi(argv[2]) : 20;
+    bool hooked = argc > 3 && !strcmp(argv[3], "hooked");
     struct guest g;
     uint64_t *ns;
 
     if (!exits || !batches) {
-        errx(2, "usage: exit_cost [EXITS-PER-BATCH [BATCHES]]");
+        errx(2, "usage: exit_cost [EXITS-PER-BATCH [BATCHES [hooked]]]");
     }
     ns = calloc(batches, sizeof(*ns));
     if (!ns) {
@@ -30,6 +35,15 @@ int main(int argc, char **argv)
     }
 
     guest_create(&g, code, sizeof(code));
+    if (hooked) {
+        struct {
+            struct kvmi_msg_hdr hdr;
+            struct kvmi_vcpu_hdr vcpu;
+        } msg = { .hdr = { .id = KVMI_VCPU_GET_INFO, .size = sizeof(msg.vcpu) } };
+
+        /* The vCPU carries it out in the first batch; nobody reads the reply */
+        write_all(tool_hook(&g), &msg, sizeof(msg));
+    }
     for (unsigned int i = 0; i < batches; i++) {
         uint64_t start;
 

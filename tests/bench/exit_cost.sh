@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# Runs in a host: exit_cost on the stock and on our modules, in turns.
+# Runs in a host: exit_cost on the stock and on our modules, with and without a
+# tool, in turns.
 # exit_cost.sh ROUNDS EXIT_COST STOCK-KVM STOCK-VENDOR OUR-KVM OUR-VENDOR [ARGUMENT...]
 rounds=$1 cost=$2 stock_kvm=$3 stock_vendor=$4 our_kvm=$5 our_vendor=$6
 shift 6
@@ -21,6 +22,7 @@ use() {
 i=0
 while [ $i -lt "$rounds" ]; do
 	use "$stock_kvm" "$stock_vendor" && echo "stock $("$cost" "$@")" || exit 1
-	use "$our_kvm" "$our_vendor" introspection=1 && echo "kvmi $("$cost" "$@")" || exit 1
+	use "$our_kvm" "$our_vendor" introspection=1 && echo "kvmi $("$cost" "$@")" &&
+		echo "hooked $("$cost" "$@" hooked)" || exit 1
 	i=$((i + 1))
 done
