@@ -159,7 +159,8 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 	 * A thread of this process: it sees the memory of the guest, it is
 	 * accounted with the VM and it dies with it.  But for VMs of several
 	 * processes that share their memory, when the one that hooked the VM
-	 * dies.
+	 * dies: that ends the session (KVM_INTROSPECTION_END_KILLED), and who
+	 * hooks the VM next makes another thread.
 	 */
 	receiver = vhost_task_create(kvmi_receiver, kvmi_receiver_killed, kvmi,
 				     "kvmi-recv");
