@@ -24,7 +24,8 @@ typedef gboolean (*KvmiVmSourceFunc)(struct kvmi_vm *vm,
  * Waits for events of vm, which has been connected and must outlive the source.
  * Set the callback by g_source_set_callback(source, G_SOURCE_FUNC(function), ...).
  * Answers of other threads that the socket did not take at once are sent from
- * here, too, but see kvmi_vm_flush().
+ * here, too, but see kvmi_vm_flush().  The functions of kvmi_call_then() are called
+ * from here as well.
  */
 GSource *kvmi_vm_source_new(struct kvmi_vm *vm);
 
