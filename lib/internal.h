@@ -141,6 +141,7 @@ struct kvmi_vm {
 	size_t input_start;
 	size_t input_end;
 	uint8_t *input;
+	bool drained;		/* there was no more: asking at once is in vain */
 
 	/* bytes to be sent: output[output_start, output_end) */
 	size_t output_start;

@@ -663,6 +663,7 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
 			   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
 	} while (got < 0 && errno == EINTR);
 
+	vm->drained = got < (ssize_t)(INPUT_SIZE - vm->input_end);
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
 		return KVMI_ERR_NOTHING;
 	if (got == 0 || (got < 0 && errno == ECONNRESET))
@@ -717,10 +718,14 @@ static void follow(struct kvmi_vm *vm, int64_t deadline)
 
 static enum kvmi_status push(struct kvmi_vm *vm, struct kvmi_error *err)
 {
-	int64_t deadline = now_ms() + vm->timeout;
 	enum kvmi_status status = flush(vm, err);
+	int64_t deadline;
+
+	if (status != KVMI_OK || !vm->polling || !has_output(vm))
+		return status;
 
 	/* the thread that polls does not know of what is left */
+	deadline = now_ms() + vm->timeout;
 	while (status == KVMI_OK && vm->polling && has_output(vm) &&
 	       now_ms() < deadline) {
 		poll_socket(vm, POLLOUT, FOLLOW_MS);
@@ -751,31 +756,36 @@ static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
 	enum kvmi_status status;
 	int64_t left;
 
-	do {
+	for (;;) {
 		status = flush(vm, err);
 		if (status != KVMI_OK)
 			return status;
 		left = deadline - now_ms();
 
 		if (vm->polling) {
-			if (left > 0) {
-				follow(vm, deadline);
-				return flush(vm, err);
-			}
-			break;
+			if (left <= 0)
+				break;
+			follow(vm, deadline);
+			return flush(vm, err);
 		}
-		status = receive_some(vm, err);
-		if (status != KVMI_ERR_NOTHING)
-			return status;
-		if (left > 0) {
+		if (vm->drained && left > 0) {
+			vm->drained = false;
 			vm->polling = true;
 			poll_socket(vm, has_output(vm) ? POLLIN | POLLOUT :
 							 POLLIN, left);
 			vm->polling = false;
 			/* somebody else has to poll if we don't any more */
 			pthread_cond_broadcast(&vm->changed);
+			status = flush(vm, err);
+			if (status != KVMI_OK)
+				return status;
 		}
-	} while (left > 0);
+		status = receive_some(vm, err);
+		if (status != KVMI_ERR_NOTHING)
+			return status;
+		if (left <= 0)
+			break;
+	}
 
 	return fail(err, KVMI_ERR_TIMEOUT, "no answer in time");
 }
