@@ -455,6 +455,7 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 				    struct kvmi_vm_event **event,
 				    struct kvmi_error *err);
 
+/* Does not answer it */
 void kvmi_vm_event_free(struct kvmi_vm_event *event);
 
 /*
@@ -497,6 +498,7 @@ enum kvmi_status kvmi_vm_check_command(struct kvmi_vm *vm, unsigned int id,
 enum kvmi_status kvmi_vm_check_event(struct kvmi_vm *vm, unsigned int id,
 				     struct kvmi_error *err);
 
+/* Of all that were created, started or not: they are 0...count - 1 */
 enum kvmi_status kvmi_vm_get_vcpu_count(struct kvmi_vm *vm, unsigned int *count,
 					struct kvmi_error *err);
 
