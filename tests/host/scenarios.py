@@ -986,6 +986,17 @@ def client_example(g):
 
 
 @scenario()
+def client_python(g):
+    """The same in Python. MOV to CR3 is 0f 22 d8...df: it has read the guest's code at RIP."""
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), PYTHONPATH=str(HERE.parent.parent / "lib/python"))
+    r = subprocess.run(["/usr/bin/python3", HERE.parent.parent / "examples/first-tool.py", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT, timeout=patience(60), env=env)
+    print(r.stdout.decode())
+    assert r.returncode == 0 and len(re.findall(rb"CR3 0x\w+ -> 0x\w+ by 0f22d[89a-f] at 0xf", r.stdout)) == 10, f"status {r.returncode}"
+    g.wait_alive()
+
+
+@scenario()
 def client_mutual(g):
     """Both sides know the secret, or one doesn't, or QEMU doesn't ask for it: libkvmi-2 against the real handshake."""
     right, wrong = Path("/run/secret.right"), Path("/run/secret.wrong")
