@@ -1,5 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Connections and listeners in a GLib main loop */
+/*
+ * Connections and listeners in a GLib main loop.
+ *
+ * THREADS.  Sources can be made by any thread; their functions are called in the
+ * thread that runs the main context that they are attached to.  Other threads may
+ * use vm meanwhile, as kvmi/kvmi.h says.
+ */
 #ifndef KVMI_GLIB_H
 #define KVMI_GLIB_H
 
