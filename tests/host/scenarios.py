@@ -24,8 +24,8 @@ SCENARIOS = {}
 
 
 def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
-    """timeout: seconds, a boot of the guest included, on an idle machine (others get twice as much). fresh: wants a guest that has never been hooked. guest=False: wants none, and
-    leaves a host that is good for nothing more."""
+    """timeout: seconds, a boot of the guest included, on an idle machine (others get twice as much). fresh: wants a guest
+    that has never been hooked. guest=False: wants none, and leaves a host that is good for nothing more."""
     def add(function):
         function.timeout, function.object_options, function.fresh, function.guest = 2 * timeout, object_options or {}, fresh, guest
         function.machine = machine
