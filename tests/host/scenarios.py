@@ -17,8 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
+from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, PATIENT_MS, QMP, READ_PHYSICAL,
+                    SOCKET, VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
 
 SCENARIOS = {}
 
@@ -323,6 +323,32 @@ def stop_deadline_is_an_option(g):
         expect("forced", data)
         assert 1.9 <= data["duration"] / 1e6 < 4.9, data
         cont(g)
+
+
+@scenario()
+def silent_tool(g):
+    """A tool that hangs with an event open is not for ever in the guest's way, even if nobody stops the guest."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="silence-timeout-ms", value=2000)
+        # One that answers may be hooked for as long as it likes
+        time.sleep(3)
+        assert info(g)["state"] == "hooked", info(g)
+
+        mark, told, begin = g.qmp.mark(), w.mark(), time.monotonic()
+        w.signal(signal.SIGSTOP)
+        data = g.qmp.event("KVMI_UNHOOKED", since=mark, timeout=20)["data"]
+        expect("forced", data)
+        assert data["action"] == "silence" and data["restored"] == len(HOT), data
+        assert time.monotonic() - begin > 1.9
+        g.wait_alive()
+        same_memory(before, code(g), "after a tool that hung")
+
+        w.signal(signal.SIGCONT)
+        w.event("closed", since=told, timeout=20)
+        w.event("planted", since=told, timeout=60)
+        w.event("hit", since=told, timeout=60)
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="silence-timeout-ms", value=PATIENT_MS)
 
 
 @scenario()
