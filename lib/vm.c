@@ -1156,6 +1156,23 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	free(vm);
 }
 
+/*
+ * Another thread sleeps in poll(), for an answer perhaps.  What has come wakes it
+ * up, but not if it is gone before it looks: so it is left to that thread.
+ */
+static enum kvmi_status leave_to_poller(struct kvmi_vm *vm)
+{
+	struct pollfd poll_fd = { .fd = vm->fd, .events = POLLIN };
+	int64_t deadline = now_ms() + FOLLOW_MS;
+	struct timespec until = { deadline / 1000, deadline % 1000 * 1000000 };
+
+	if (poll(&poll_fd, 1, 0) <= 0)
+		return KVMI_ERR_NOTHING;
+	pthread_cond_timedwait(&vm->changed, &vm->lock, &until);
+
+	return KVMI_OK;
+}
+
 enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	enum kvmi_status status;
@@ -1168,7 +1185,8 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 	do {
 		status = flush(vm, err);
 		if (status == KVMI_OK)
-			status = receive_some(vm, err);
+			status = vm->polling ? leave_to_poller(vm) :
+					       receive_some(vm, err);
 	} while (status == KVMI_OK && --rounds);
 	if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
 		status = flush(vm, err);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* One handle, many threads.  Also built with -fsanitize=thread. */
 
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -339,12 +340,55 @@ static void test_poller_leaves(void)
 	g_free(sim);
 }
 
+/* An event loop does not take away what another thread waits for */
+struct looping {
+	struct kvmi_vm *vm;
+	atomic_bool end;
+};
+
+static void *loop(void *context)
+{
+	struct looping *looping = context;
+
+	while (!atomic_load(&looping->end)) {
+		struct pollfd fd = { kvmi_vm_fd(looping->vm),
+				     kvmi_vm_poll_events(looping->vm), 0 };
+
+		poll(&fd, 1, 10);
+		kvmi_vm_process(looping->vm, NULL);
+		kvmi_vm_dispatch(looping->vm);
+	}
+
+	return NULL;
+}
+
+static void test_beside_a_loop(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct looping looping = { .vm = connect_vm(sim) };
+	int64_t start = g_get_monotonic_time();
+	GThread *thread = g_thread_new("loop", loop, &looping);
+	unsigned int i;
+
+	for (i = 0; i < 2000; i++)
+		g_assert_cmpint(kvmi_vm_check_event(looping.vm, 1, NULL), ==,
+				KVMI_OK);
+	/* 20 s is the timeout: none has waited for it */
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 15 * G_USEC_PER_SEC);
+	atomic_store(&looping.end, true);
+	g_thread_join(thread);
+	kvmi_vm_close(looping.vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
 	g_test_add_func("/threads/all-at-once", test_all_at_once);
 	g_test_add_func("/threads/poller-leaves", test_poller_leaves);
 	g_test_add_func("/threads/not-held-up", test_not_held_up);
+	g_test_add_func("/threads/beside-a-loop", test_beside_a_loop);
 
 	return g_test_run();
 }

@@ -425,7 +425,9 @@ struct kvmi_vm_event {
  * perhaps POLLOUT), call kvmi_vm_process(), then kvmi_vm_next_event() until
  * it returns NULL (and kvmi_vm_dispatch(), if there are calls).  Any other
  * function may put events into the queue as well, so empty it before each
- * poll().
+ * poll().  If other threads call functions of the same vm, what they receive
+ * does not wake up the one in poll(): let it sleep for no longer than an event
+ * may wait, or in kvmi_vm_wait_event() instead.
  */
 int kvmi_vm_fd(const struct kvmi_vm *vm);
 short kvmi_vm_poll_events(const struct kvmi_vm *vm);
