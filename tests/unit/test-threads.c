@@ -165,12 +165,58 @@ static void *peek(void *context)
 	return NULL;
 }
 
+/* Starts commands that whoever comes first is told of */
+static atomic_uint told;
+
+static void on_told(struct kvmi_vm *vm, const struct kvmi_error *result,
+		    void *context)
+{
+	uint8_t *data = context;
+
+	(void)vm;
+	g_assert_cmpint(result->status, ==, KVMI_OK);
+	g_assert_cmphex(data[0], ==, 0);
+	g_free(data);
+	atomic_fetch_add(&told, 1);
+}
+
+static void *start_calls(void *context)
+{
+	struct work *work = context;
+	uint8_t *mine = g_malloc(64);
+	struct kvmi_error err;
+	unsigned int i;
+
+	for (i = 0; i < ROUNDS; i++) {
+		uint8_t *theirs = g_malloc(64);
+		struct kvmi_call *call;
+
+		/* page 0 is nobody's */
+		theirs[0] = mine[0] = 1;
+		g_assert_cmpint(kvmi_vm_start_read_physical(work->vm, 0, theirs,
+							    64, &call, &err),
+				==, KVMI_OK);
+		kvmi_call_then(call, on_told, theirs);
+		g_assert_cmpint(kvmi_vm_start_read_physical(work->vm, 0, mine,
+							    64, &call, &err),
+				==, KVMI_OK);
+		kvmi_vm_dispatch(work->vm);
+		kvmi_vm_next_timeout(work->vm);
+		g_assert_cmpint(kvmi_call_wait(call, &err), ==, KVMI_OK);
+		g_assert_cmphex(mine[0], ==, 0);
+	}
+	g_free(mine);
+
+	return NULL;
+}
+
 static void test_all_at_once(void)
 {
 	struct sim *sim = g_new0(struct sim, 1);
 	struct kvmi_vm *vm = connect_vm(sim);
 	struct queue queue;
 	GThread *workers[WORKERS], *takers[2], *answerers[2], *peeker;
+	GThread *starters[2];
 	struct work work[WORKERS + 4];
 	struct kvmi_error err;
 	unsigned int i;
@@ -186,6 +232,8 @@ static void test_all_at_once(void)
 		answerers[i] = g_thread_new("answer", answer_events,
 					    &work[WORKERS + 2 + i]);
 	}
+	for (i = 0; i < 2; i++)
+		starters[i] = g_thread_new("start", start_calls, &work[i]);
 	peeker = g_thread_new("peek", peek, &work[0]);
 	for (i = 0; i < ROUNDS; i++) {
 		/* the same vCPU not before it has been answered */
@@ -197,6 +245,10 @@ static void test_all_at_once(void)
 	for (i = 0; i < WORKERS; i++)
 		g_thread_join(workers[i]);
 	g_thread_join(peeker);
+	for (i = 0; i < 2; i++)
+		g_thread_join(starters[i]);
+	kvmi_vm_dispatch(vm);
+	g_assert_cmpint(atomic_load(&told), ==, 2 * ROUNDS);
 	queue_push(&queue, NULL);
 	for (i = 0; i < 2; i++)
 		g_thread_join(answerers[i]);
