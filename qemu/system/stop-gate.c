@@ -323,7 +323,8 @@ static void co_run_done(void *opaque, bool cancelled)
     StopCoRun *run = opaque;
 
     run->func(run->opaque, cancelled);
-    aio_co_wake(run->co);
+    /* Not at once: guards tell of what they did before the command ends */
+    aio_co_schedule(qemu_coroutine_get_aio_context(run->co), run->co);
 }
 
 static void co_run_bh(void *opaque)

@@ -207,7 +207,7 @@ class Guest:
                 "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
                 "-chardev", f"socket,id=tool,path={self.tool},server=off,reconnect-ms=100"]
         if kvmi:
-            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-object", "kvmi,id=kvmi0,chardev=tool"]
+            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-trace", "vm_state_notify", "-object", "kvmi,id=kvmi0,chardev=tool"]
         with open(self.dir / "stderr", "wb") as errors:
             process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                                        start_new_session=True)

@@ -24,8 +24,8 @@ SCENARIOS = {}
 
 
 def scenario(timeout=120, object_options=None, fresh=False, guest=True, machine=None, into=SCENARIOS):
-    """timeout: seconds, a boot of the guest included, on an idle machine (others get twice as much). fresh: wants a guest that has never been hooked. guest=False: wants none, and
-    leaves a host that is good for nothing more."""
+    """timeout: seconds, a boot of the guest included, on an idle machine (others get twice as much). fresh: wants a guest
+    that has never been hooked. guest=False: wants none, and leaves a host that is good for nothing more."""
     def add(function):
         function.timeout, function.object_options, function.fresh, function.guest = 2 * timeout, object_options or {}, fresh, guest
         function.machine = machine
@@ -65,16 +65,21 @@ def hook(g, *breaks, hits=20, options=()):
     return w
 
 
+def assert_unhooked_first(trace):
+    """The order is the point of it all: out of the guest first, then paused."""
+    order = re.findall(r":(kvmi_unhook|vm_state_notify running 0)\b", trace)
+    assert order == ["kvmi_unhook", "vm_state_notify running 0"], f"{order} in QEMU's trace:\n{trace}"
+
+
 def stop(g, timeout=20):
     """QMP stop, as it should go when a tool is hooked; returns KVMI_UNHOOKED's data."""
     info(g)                     # events of an earlier tool come before its answer
-    mark = g.qmp.mark()
+    mark, traced = g.qmp.mark(), g.trace.stat().st_size
     g.qmp.execute("stop", timeout=timeout)
-    stopped = g.qmp.event("STOP", since=mark)
-    # The order is the point of it all: out of the guest first, then paused.
     order = [e["event"] for e in g.qmp.events[mark:]]
     assert "KVMI_UNHOOKED" in order, f"no KVMI_UNHOOKED before the answer to stop: {order}"
-    assert order.index("KVMI_UNHOOKED") < order.index("STOP"), f"paused before unhooked: {order}"
+    stopped = g.qmp.event("STOP", since=mark)
+    assert_unhooked_first(g.trace.read_text(errors="replace")[traced:])
     assert g.qmp.execute("query-status")["status"] == "paused"
     assert info(g)["state"] == "unhooked", info(g)
     data = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
@@ -238,11 +243,10 @@ def stop_by_hmp(g):
     """The human monitor's stop goes through the same gate."""
     before = code(g)
     with hook(g, *HOT) as w:
-        mark = g.qmp.mark()
+        mark, traced = g.qmp.mark(), g.trace.stat().st_size
         g.hmp("stop")
         g.qmp.event("STOP", since=mark)
-        order = [e["event"] for e in g.qmp.events[mark:]]
-        assert "KVMI_UNHOOKED" in order and order.index("KVMI_UNHOOKED") < order.index("STOP"), order
+        assert_unhooked_first(g.trace.read_text(errors="replace")[traced:])
         expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
         same_memory(before, code(g), "paused by HMP")
         mark = w.mark()

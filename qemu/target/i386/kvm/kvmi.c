@@ -113,6 +113,7 @@ struct KVMIObject {
     uint64_t sessions;
     uint64_t unhooks[KVMI_OUTCOME__MAX];
     KvmiUnhook last_unhook;
+    bool untold;                /* no event has told of last_unhook yet */
     char *last_error;
 };
 
@@ -136,7 +137,7 @@ static const KvmiAction kvmi_actions[STOP_ACTION__MAX] = {
 };
 
 /* The one place where the state changes */
-static void kvmi_set_state(KVMIObject *s, KvmiState state)
+static void kvmi_change_state(KVMIObject *s, KvmiState state)
 {
     assert(kvmi_state_change_valid(s->state, state));
 
@@ -145,6 +146,27 @@ static void kvmi_set_state(KVMIObject *s, KvmiState state)
         s->since_us = g_get_real_time();
     }
     trace_kvmi_state(s->id, KvmiState_str(state));
+}
+
+static void kvmi_tell_unhooked(KVMIObject *s)
+{
+    KvmiUnhook *unhook = &s->last_unhook;
+
+    if (!s->untold) {
+        return;
+    }
+    s->untold = false;
+    qapi_event_send_kvmi_state_changed(s->id, KVMI_STATE_UNHOOKED);
+    qapi_event_send_kvmi_unhooked(s->id, unhook->action, unhook->outcome,
+                                  unhook->duration, unhook->has_restored,
+                                  unhook->restored, unhook->has_reason,
+                                  unhook->reason);
+}
+
+static void kvmi_set_state(KVMIObject *s, KvmiState state)
+{
+    kvmi_tell_unhooked(s);
+    kvmi_change_state(s, state);
     qapi_event_send_kvmi_state_changed(s->id, state);
 }
 
@@ -331,15 +353,15 @@ static void kvmi_unhook(KVMIObject *s, KvmiOutcome outcome)
     trace_kvmi_gate_end(s->id, KvmiAction_str(unhook.action),
                         KvmiOutcome_str(outcome), unhook.duration);
 
-    kvmi_set_state(s, KVMI_STATE_UNHOOKED);
-    qapi_event_send_kvmi_unhooked(s->id, unhook.action, outcome,
-                                  unhook.duration, unhook.has_restored,
-                                  unhook.restored, unhook.has_reason,
-                                  unhook.reason);
-    if (waited) {
-        stop_gate_release(&s->guard);
-    }
+    kvmi_change_state(s, KVMI_STATE_UNHOOKED);
+    s->untold = true;
     qemu_bh_schedule(s->bh);
+    if (waited) {
+        /* What has waited comes first, the BH tells afterwards */
+        stop_gate_release(&s->guard);
+    } else {
+        kvmi_tell_unhooked(s);
+    }
 }
 
 /* Ask the tool to leave.  True if the guest has to run on for that. */
@@ -382,6 +404,8 @@ static void kvmi_cut_off(KVMIObject *s, KvmiAction action)
     case KVMI_STATE_UNHOOKING:
         s->action = action;
         kvmi_unhook(s, KVMI_OUTCOME_FORCED);
+        /* It may be QEMU's end, without another BH */
+        kvmi_tell_unhooked(s);
         break;
     default:
         break;
@@ -672,6 +696,7 @@ static void kvmi_finish_deletion(KVMIObject *s)
     if (s != the_kvmi) {
         return;
     }
+    kvmi_tell_unhooked(s);
     kvmi_drop_connection(s);
     qemu_chr_fe_deinit(&s->chr, false);
     WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
@@ -726,6 +751,7 @@ static void kvmi_bh(void *opaque)
 {
     KVMIObject *s = opaque;
 
+    kvmi_tell_unhooked(s);
     kvmi_obey(s);
     if (!s->deleting) {
         kvmi_update(s);
