@@ -30,7 +30,7 @@ static const char help[] =
 "leaves them in.\n"
 "\n"
 "Options:\n"
-"  -s, --socket PATH       listen on this unix socket\n"
+"  -s, --socket PATH       listen on this unix socket, or on vsock:PORT\n"
 "      --mode OCTAL        permissions of the socket (default: 0600)\n"
 "  -k, --key-file FILE     the secret that the key= property of QEMU's kvmi\n"
 "                          object stands for\n"

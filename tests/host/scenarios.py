@@ -51,13 +51,13 @@ def wait_state(g, state, since=0, timeout=20):
             raise Late(f"{e}; query-kvmi: {info(g)}") from None
 
 
-def hook(g, *breaks, hits=20):
+def hook(g, *breaks, hits=20, options=()):
     """A proper tool, hooked, with its breakpoints planted and hit."""
     mark = g.qmp.mark()
-    w = Watch(*breaks)
+    w = Watch(*breaks, options=options)
     try:
         w.event("planted" if breaks else "ready", timeout=40)
-        if breaks:
+        if breaks and hits:
             w.event("hit", count=hits, timeout=40)
     except Late:
         w.kill()
@@ -1139,12 +1139,12 @@ def run(function):
             marker.touch()
     except BaseException as e:
         traceback.print_exc()
-        if g:
-            print("--- QEMU's trace, last lines ---")
-            print("\n".join(g.trace.read_text(errors="replace").splitlines()[-30:]) if g.trace.exists() else "")
-            print("--- the guest's console, last lines ---")
-            print("\n".join(g.output().splitlines()[-40:]))
-            print((DIR / "stderr").read_text() if (DIR / "stderr").exists() else "")
+        g = g or Guest()        # the scenario's own
+        print("--- QEMU's trace, last lines ---")
+        print("\n".join(g.trace.read_text(errors="replace").splitlines()[-30:]) if g.trace.exists() else "")
+        print("--- the guest's console, last lines ---")
+        print("\n".join(g.output().splitlines()[-40:]))
+        print((DIR / "stderr").read_text() if (DIR / "stderr").exists() else "")
         if not isinstance(e, Exception):
             raise
         return 1
