@@ -46,12 +46,13 @@ def pytest_collection_finish(session):
         return
     items = [i for i in session.items if not i.get_closest_marker("skip")]
     jobs = []
-    if any(i.get_closest_marker("intel") and "intel_program" not in i.fixturenames for i in items):
+    results = {i.callspec.params["result"] for i in items if "result" in i.fixturenames}
+    if "intel" in results:
         jobs.append((intel_result, selftest.run, "intel"))
     kvms = [i.callspec.params["intel_program"] for i in items if "intel_program" in i.fixturenames]
     if kvms:
         jobs.append((intel_kvm_result, kvm_selftests.run_on_intel, kvms))
-    if any("result" in i.fixturenames and i.callspec.params["result"] == "amd" for i in items):
+    if "amd" in results:
         jobs.append((amd_result, selftest.run, "amd"))
     for i in items:
         if "meanwhile" in i.fixturenames:
@@ -100,7 +101,7 @@ class AmdHost:
             if not self.host:
                 self.host = host.Host("amd")
                 self.host.start()
-            status = self.host.run(argv, timeout, output.extend)
+            status = self.host.run(argv, timeout, output.extend, env={k: os.environ[k] for k in ("KVMI_LONG",) if k in os.environ})
             trouble = self.host.trouble()
         except host.EmulatorError as e:
             self.close()

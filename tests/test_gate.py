@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scenarios of tests/host/gate.py: every way in which a guest can stop, with every kind of tool, in the AMD host."""
+"""The scenarios of tests/host/gate.py: every way in which a guest can stop, with every kind of tool, in the AMD host; and a few in the
+Intel host."""
+import subprocess
+
 import pytest
 
 import gate
 import host
-
-pytestmark = pytest.mark.amd
+import pack
 
 HEAD = """| how the guest stops | tool | outcome | until unhooked, ms | in all, ms | slowest QMP answer, ms |
 |---|---|---|--:|--:|--:|
@@ -21,9 +23,29 @@ def matrix():
         path.write_text(HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows))
 
 
-@pytest.mark.parametrize("name", gate.SCENARIOS)
+LONG = ("gate_migrate_stock", "gate_suspend_with_hung_tool")
+
+
+@pytest.mark.amd
+@pytest.mark.parametrize("name", [pytest.param(s, marks=pytest.mark.long if s in LONG else ()) for s in gate.SCENARIOS])
 def test_gate(amd, matrix, name):
     host.guest_image()
+    if name == "gate_migrate_stock":
+        subprocess.run([host.TOP / "scripts/build-qemu", "--stock", f"--build={host.BUILD}"], check=True, stdin=subprocess.DEVNULL, timeout=7200)
     output = amd.run(["/usr/bin/python3", host.HERE / "gate.py", name], gate.SCENARIOS[name].timeout)
     print(output)
     matrix += [line.split("\t")[1:] for line in output.splitlines() if line.startswith("MATRIX\t")]
+
+
+@pytest.mark.intel
+@pytest.mark.long
+@pytest.mark.parametrize("name", gate.INTEL)
+def test_gate_intel(tmp_path, name):
+    entries, argv, environment = pack.pack(host.HERE / "gate.py", tmp_path)
+    output = bytearray()
+    with host.Host("intel", entries=entries, memory=1024) as h:
+        h.start()
+        status = h.run([*argv, name], gate.INTEL[name].timeout, output.extend, env=environment)
+        trouble = h.trouble()
+    print(output.decode(errors="replace"))
+    assert status == 0 and not trouble, f"status {status}\n{output.decode(errors='replace')}\n{trouble}"

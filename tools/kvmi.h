@@ -84,7 +84,7 @@ struct one_vm {
 
 /* The same for --help */
 #define ONE_VM_SOCKET_HELP \
-"  -s, --socket PATH      listen on this unix socket\n" \
+"  -s, --socket PATH      listen on this unix socket, or on vsock:PORT\n" \
 "      --mode OCTAL       permissions of the socket (default: 0600)\n" \
 "  -k, --key-file FILE    the secret that the key= property of QEMU's kvmi\n" \
 "                         object stands for\n" \

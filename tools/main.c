@@ -68,6 +68,24 @@ void format_uuid(const uint8_t uuid[16], char text[37])
 			      uuid[i]);
 }
 
+/* A unix socket's path, or vsock:PORT */
+static struct kvmi_listener *listen_on(const char *socket, unsigned int mode,
+				       struct kvmi_error *err)
+{
+	uint64_t port;
+
+	if (strncmp(socket, "vsock:", 6))
+		return kvmi_listener_new_unix(socket, mode, err);
+	if (parse_number(socket + 6, 1, UINT32_MAX - 1, &port)) {
+		snprintf(err->message, sizeof(err->message),
+			 "%s: vsock: wants a port, 1 to %u", socket,
+			 UINT32_MAX - 1);
+		return NULL;
+	}
+
+	return kvmi_listener_new_vsock(port, err);
+}
+
 struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 				      unsigned int mode)
 {
@@ -98,7 +116,7 @@ struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 		}
 	}
 
-	listener = kvmi_listener_new_unix(socket, mode, &err);
+	listener = listen_on(socket, mode, &err);
 	if (listener && size &&
 	    kvmi_listener_set_key(listener, key, size, &err) != KVMI_OK) {
 		kvmi_listener_free(listener);

@@ -11,18 +11,25 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import scenarios
-from inside import DIR, GET_VERSION, HMP, HOT, QMP, SOCKET, Guest, RawTool, wait_until
+from inside import (BUILD, DIR, GET_VERSION, HMP, HOT, PAUSE_VCPU, QMP, SOCKET, WRITE_PHYSICAL, Guest, QMPError, RawTool,
+                    wait_until)
 from scenarios import Pulse, code, cont, expect, info, same_memory, wait_state
 
 SCENARIOS = {}
 scenario = functools.partial(scenarios.scenario, into=SCENARIOS)
+LONG = bool(os.environ.get("KVMI_LONG"))
 DEADLINE = 1500         # ms: what a tool gets that does not leave
 SLOW = 0.7              # s: what a slow tool takes
+
+# The numbers of linux/kvmi.h that only this needs
+VCPU_EVENT, PAUSE, CRASH = 1, 1, 2
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------
@@ -56,10 +63,11 @@ class NoTool(Tool):
 
 class Prompt(Tool):
     """kvmi watch, with breakpoints in functions that the guest calls all the time"""
-    name, outcome, planted = "prompt", "clean", True
+    name, outcome, planted, options = "prompt", "clean", True, ()
+    breaks, hits = HOT, 3
 
     def __enter__(self):
-        self.watch = scenarios.hook(self.g, *HOT, hits=3)
+        self.watch = scenarios.hook(self.g, *self.breaks, hits=self.hits, options=self.options)
         return self
 
     def __exit__(self, *exc):
@@ -75,6 +83,12 @@ class Hung(Prompt):
         super().__enter__()
         self.watch.signal(signal.SIGSTOP)
         return self
+
+
+class Aside(Hung):
+    """Hangs with breakpoints where the guest doesn't come by: no vCPU waits for it"""
+    name = "hung, vCPUs free"
+    breaks, hits = ("kernel_halt", "kernel_power_off", "emergency_restart"), 0
 
 
 class Slow(Hung):
@@ -147,7 +161,7 @@ class Chatty(Deaf):
 ALL = (NoTool, Prompt, Slow, Hung, Killed, Deaf, Chatty)
 FEW = (Prompt, Hung)
 # For ways that wait as others do, and take longer
-USUAL = ALL if os.environ.get("KVMI_LONG") else (NoTool, *FEW)
+USUAL = ALL if LONG else (NoTool, *FEW)
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -217,6 +231,9 @@ def combine(g, way_class, tools, options=None):
                 assert end["action"] == way.action, end
                 outcome = end["outcome"]
                 expect(tool.outcome if way.waits else "forced", end)
+                if tool_class is Aside:
+                    # what it could not take out, KVM has
+                    assert end["restored"] == len(tool.breaks), end
                 if way.waits:
                     most = tool.most + 4 * pulse.lag
                     assert tool.least <= ms / 1000 <= most, f"{ms} ms: {tool.least} to {most} s were expected"
@@ -393,6 +410,61 @@ def gate_migrate_cancelled(g):
         g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
         tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
         g.wait_alive()
+        # and once more, which works
+        mark = g.qmp.mark()
+        g.qmp.execute("migrate", uri="exec:cat >/dev/null")
+        wait_until(lambda: migrate_status(g) == "completed", 60, "the migration")
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate")["data"])
+        cont(g)
+
+
+@scenario()
+def gate_migrate_target_only(g):
+    """Only the target has an object: the guest is hooked there, when it runs."""
+    scenarios.remove_object(g)
+    g.qmp.execute("chardev-remove", id="tool")
+    set_capabilities(g)
+    g.qmp.execute("migrate", uri=f"file:{DIR}/saved")
+    wait_until(lambda: migrate_status(g) == "completed", 30, "the migration")
+    with Target(f"file:{DIR}/saved", kvmi=True) as target, RawTool() as tool:
+        target.loaded()
+        assert info(target.guest)["state"] == "unhooked", info(target.guest)
+        target.guest.qmp.execute("cont")
+        tool.accept().answer()
+        wait_state(target.guest, "hooked")
+        target.guest.wait_alive()
+    add_chardev(g)
+    cont(g)
+
+
+@scenario(timeout=300, guest=False)
+def gate_migrate_stock(_):
+    """To stock QEMU and back: the stream is the same with the object as without it."""
+    stock, there, back = BUILD / "qemu-stock/bin/qemu-system-x86_64", Guest(Path("/run/stock")), Guest(Path("/run/back"))
+    g = Guest().start()
+    started = []
+    try:
+        for name, source, target, qemu, kvmi in (("there", g, there, stock, False), ("back", there, back, g.qemu, True)):
+            target.qemu = qemu
+            target.start(kvmi=kvmi, extra=("-S", "-incoming", "defer"), alive=False)
+            started.append(target)
+            with Prompt(g) if source is g else NoTool(g) as tool:
+                for side in (source, target):
+                    set_capabilities(side)
+                target.qmp.execute("migrate-incoming", uri=f"unix:/run/migrate-{name}")
+                source.qmp.execute("migrate", uri=f"unix:/run/migrate-{name}")
+                wait_until(lambda: migrate_status(source) in ("completed", "failed"), 60, "the migration")
+                assert migrate_status(source) == "completed", source.qmp.execute("query-migrate")
+                wait_until(lambda: migrate_status(target) in ("completed", "failed"), 60, "the target")
+                assert migrate_status(target) == "completed", (target.dir / "stderr").read_text()
+                if tool.planted:
+                    tool.watch.signal(signal.SIGTERM)
+            target.qmp.execute("cont")
+            target.wait_alive()
+            print(f"migrated {name}: {target.qmp.execute('query-version')}")
+    finally:
+        for guest in (g, *started):
+            guest.kill()
 
 
 @scenario()
@@ -413,6 +485,11 @@ def gate_stop_then_migrate(g):
         target.loaded()
         same_code_in_target(before, g, target.guest, "loaded from the file")
     cont(g)
+
+
+def add_chardev(g):
+    g.qmp.execute("chardev-add", id="tool", backend={"type": "socket", "data": {
+        "addr": {"type": "unix", "data": {"path": str(SOCKET)}}, "server": False, "reconnect-ms": 100}})
 
 
 def hello(g):
@@ -448,8 +525,7 @@ def gate_migrate_start_time(g):
     finally:
         target.kill()
     print((target.dir / "stderr").read_text())
-    g.qmp.execute("chardev-add", id="tool", backend={"type": "socket", "data": {
-        "addr": {"type": "unix", "data": {"path": str(SOCKET)}}, "server": False, "reconnect-ms": 100}})
+    add_chardev(g)
     cont(g)
 
 
@@ -512,6 +588,46 @@ class Debugger(Way):
 def gate_stop(g):
     """QMP's stop, with all kinds of tools."""
     combine(g, Stop, ALL)
+
+
+INTEL = {}
+
+
+@scenario(timeout=900, into=INTEL)
+def intel_stop(g):
+    """On the Intel host: QMP's stop with a tool that leaves, and with one that hangs."""
+    combine(g, Stop, (NoTool, *FEW))
+
+
+VSOCK = "5000"
+
+
+class OnVsock(Prompt):
+    name, options = "prompt, on vsock", ("--socket", f"vsock:{VSOCK}")
+
+
+class HungOnVsock(Hung):
+    name, options = "hung, on vsock", OnVsock.options
+
+
+class KilledOnVsock(Killed):
+    name, options = "killed, on vsock", OnVsock.options
+
+
+@scenario()
+def gate_vsock(g):
+    """The tool listens on vsock, as it would in a VM of its own: the kernel's loopback stands for that."""
+    for m in ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"):
+        if not os.path.exists(f"/sys/module/{m}"):
+            subprocess.run(["insmod", BUILD / f"linux/stock/{m}.ko"], check=True, timeout=20)
+    scenarios.remove_object(g)
+    g.qmp.execute("chardev-add", id="vsock", backend={"type": "socket", "data": {
+        "addr": {"type": "vsock", "data": {"cid": "1", "port": VSOCK}}, "server": False, "reconnect-ms": 100}})
+    g.qmp.execute("object-add", **g.kvmi_options(chardev="vsock"))
+    assert info(g)["peer"] == f"vsock:1:{VSOCK}", info(g)
+    combine(g, Stop, (OnVsock, HungOnVsock, KilledOnVsock))
+    scenarios.remove_object(g)
+    g.qmp.execute("chardev-remove", id="vsock")
 
 
 @scenario(timeout=150)
@@ -709,7 +825,7 @@ class SnapshotLoad(SnapshotSave):
 
 
 class FromInside(Way):
-    """Something that happens in the guest stops it. Not with a tool that hangs with breakpoints: the vCPUs wait for it then."""
+    """Something that happens in the guest stops it. Not with a tool that hangs with hot breakpoints: the vCPUs wait for it then."""
     waits, stops = False, True
 
     def begin(self):
@@ -737,7 +853,7 @@ def gate_cut(g):
     """What can't wait cuts the tool off at once, and leaves the guest clean all the same; the tool is back when the guest runs."""
     g.qmp.execute("set-action", panic="pause", watchdog="pause")
     for way in (Panic, Watchdog):
-        combine(g, way, (Prompt, Deaf))
+        combine(g, way, (Prompt, Aside, Deaf))
     assert g.qmp.execute("human-monitor-command", command_line="savevm snap", timeout=30) == ""
     for way in (Load, SnapshotLoad):
         combine(g, way, FEW)
@@ -746,7 +862,178 @@ def gate_cut(g):
         assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=30) == ""
         g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
         tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
-    assert g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
+        # Deleting one is nobody's business
+        mark = g.qmp.mark()
+        g.qmp.execute("snapshot-delete", job_id="delete", tag="snap", devices=["disk"])
+        wait_until(lambda: g.qmp.execute("query-jobs")[0]["status"] == "concluded", 20, "the snapshot to go")
+        assert "error" not in g.qmp.execute("query-jobs")[0], g.qmp.execute("query-jobs")
+        g.qmp.execute("job-dismiss", id="delete")
+        assert info(g)["state"] == "hooked" and not [e for e in g.qmp.events[mark:] if e["event"].startswith("KVMI")], g.qmp.events[mark:]
+
+
+def used(store):
+    """Bytes of a file system that are in use"""
+    s = os.statvfs(store)
+    return (s.f_blocks - s.f_bavail) * s.f_frsize
+
+
+def resize(store, size):
+    return subprocess.run(["mount", "-o", f"remount,size={size}", store], stderr=subprocess.DEVNULL, timeout=20).returncode == 0
+
+
+class DiskFull(FromInside):
+    """The guest writes to a disk whose file has no room to grow; it goes on when there is some."""
+    name, action, status, store = "I/O error", "io-error", "io-error", Path("/run/store")
+
+    def begin(self):
+        self.mark = self.g.qmp.mark()
+        # as large as it is, which the guest's next writes exceed
+        wait_until(lambda: resize(self.store, used(self.store) + (64 << 10)), 10, "the file system to be full", pause=0)
+
+    def check(self, tool):
+        super().check(tool)
+        self.g.qmp.event("BLOCK_IO_ERROR", since=self.mark, action="stop", nospace=True)
+
+    def after(self):
+        assert resize(self.store, 1 << 30)
+        wrote = self.g.wrote()[0]
+        self.g.qmp.execute("cont")
+        wait_until(lambda: self.g.wrote()[0] > wrote, 30, "the guest to write on")
+
+
+def echo(qemu, here):
+    """The other end of a network: sends back what it gets."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(here)
+
+    def loop():
+        while True:
+            try:
+                sock.sendto(sock.recv(2048), qemu)
+            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+                pass
+    threading.Thread(target=loop, daemon=True).start()
+
+
+@scenario(timeout=300, guest=False)
+def gate_disk_and_network(_):
+    """A guest that writes to its disk and talks on its network, in a QEMU in the sandbox that libvirt gives it. Neither stands still while a
+    tool is waited for; a disk that fills up stops the guest at once."""
+    store = DiskFull.store
+    store.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={1 << 30}", "store", store], check=True, timeout=20)
+    echo(f"{store}/qemu", f"{store}/echo")
+    (store / "data").touch()
+    os.truncate(store / "data", 4 << 30)
+    g = Guest().start(extra=(
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-blockdev", f"raw,node-name=data,file.driver=file,file.filename={store}/data", "-device", "virtio-blk-device,drive=data",
+        "-netdev", f"dgram,id=net,local.type=unix,local.path={store}/qemu,remote.type=unix,remote.path={store}/echo",
+        "-device", "virtio-net-device,netdev=net"))
+    status = Path(f"/proc/{int((DIR / 'pid').read_text())}/status").read_text()
+    assert "\nSeccomp:\t2\n" in status, status
+    g.ask("write", "writes")
+    g.ask("echo", "echoes")
+    # The network code patches itself on its first packets
+    wait_until(lambda: g.wrote()[0] and g.echoes()[0] > 20, 30, "the guest to write and to hear its echo")
+    before = code(g)
+    g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=4000)
+    with Aside(g) as tool:
+        mark, number, pulse, did = g.qmp.mark(), g.qmp.send("stop"), Pulse(g), []
+        tool.unhooking(mark)
+
+        def stopped():
+            did.append((g.wrote()[0], g.echoes()[0]))
+            return number in g.qmp.replies
+        pulse.until(stopped, 20, "the answer to stop")
+        pulse.check()
+        expect("forced", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        for what, counts in zip(("blocks written", "echoes heard"), zip(*did)):
+            print(f"{what} while the tool was waited for: {counts[-1] - counts[0]}, as told {len(set(counts))} times")
+            assert len(set(counts)) > 2, f"{what}: {counts}"
+        same_memory(before, code(g), "paused after the deadline")
+        cont(g)
+    combine(g, DiskFull, (NoTool, Prompt, Aside, Deaf))
+    assert g.wrote()[1] == 0, f"{g.wrote()[1]} writes failed in the guest"
+    g.kill()
+    subprocess.run(["umount", "-l", store], check=True, timeout=20)
+
+
+def wild_bios():
+    """A BIOS for a whole guest: waits for a byte on the serial line, and then runs off to where there is no memory."""
+    start = bytes((0xba, 0xfd, 0x03,                                # mov $0x3fd, %dx: the line's status
+                   0xec, 0xa8, 0x01,                                # again: in %dx, %al; test $1, %al
+                   0x74, 0xfb,                                      # jz again
+                   0x66, 0x2e, 0x0f, 0x01, 0x16, 0x50, 0x00,        # lgdtl %cs:0x50
+                   0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0,  # mov %cr0, %eax; or $1, %al; mov %eax, %cr0
+                   0x66, 0xea, 0x00, 0x00, 0x00, 0xd0, 0x08, 0x00)) # ljmpl $8, $0xd0000000
+    table = struct.pack("<QQ", 0, 0x00cf9a000000ffff)               # at 0x40: all is code
+    rom = start.ljust(0x40, b"\xf4") + table + struct.pack("<HI", len(table) - 1, 0xffff0040)
+    rom = rom.ljust(0xfff0, b"\xf4") + bytes((0xe9, 0x0d, 0x00))    # the reset vector: jmp to the start
+    path = Path("/run/wild.bios")
+    path.write_bytes(rom.ljust(0x10000, b"\xf4"))
+    return path
+
+
+@scenario(guest=False)
+def gate_internal_error(_):
+    """KVM can't run the guest any more: paused at once, its memory is clean."""
+    place = 0x8000
+    g = Guest().start(machine="q35", vcpus=1, alive=False, extra=("-bios", wild_bios()))
+    with RawTool() as tool:
+        tool.accept().answer()
+        wait_state(g, "hooked")
+        before = g.dump(place, place + 16)
+        assert tool.command(WRITE_PHYSICAL, struct.pack("=QHHI", place, 1, 0, 0) + b"\xcc")[0] == 0
+        assert g.dump(place, place + 16) != before
+        mark, begin = g.qmp.mark(), time.monotonic()
+        g.tell("x")
+        g.qmp.event("STOP", since=mark)
+        took = time.monotonic() - begin
+        assert g.qmp.execute("query-status")["status"] == "internal-error"
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        expect("forced", end)
+        assert (end["action"], end["restored"]) == ("internal-error", 1), end
+        assert g.dump(place, place + 16) == before, "a breakpoint is left"
+        record("internal error", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+        try:
+            g.qmp.execute("cont")
+            raise AssertionError("the guest runs on after an internal error")
+        except QMPError as e:
+            print(e)
+    g.kill()
+
+
+@scenario()
+def gate_crash(g):
+    """The tool answers that the guest has crashed: paused as if it had panicked, and it can be continued."""
+    before = code(g)
+    g.qmp.execute("set-action", panic="pause")
+    with RawTool() as tool:
+        tool.accept().answer()
+        wait_state(g, "hooked")
+        places = [g.text()[0] + o for o in scenarios.breakpoint_offsets(g, Aside.breaks)]
+        for gpa in places:
+            assert tool.command(WRITE_PHYSICAL, struct.pack("=QHHI", gpa, 1, 0, 0) + b"\xcc")[0] == 0
+        mark = g.qmp.mark()
+        tool.sock.sendall(struct.pack("=HHIHBBI", PAUSE_VCPU, 8, 1000, 0, 0, 0, 0))
+        while True:
+            ident, seq, data = tool.message()
+            if ident == VCPU_EVENT and struct.unpack_from("=H", data)[0] == PAUSE:
+                break
+        vcpu, = struct.unpack_from("=H", data, 10)
+        tool.sock.sendall(struct.pack("=HHIHHIBBHI", VCPU_EVENT, 16, seq, vcpu, 0, 0, CRASH, PAUSE, 0, 0))
+        g.qmp.event("STOP", since=mark)
+        assert g.qmp.execute("query-status")["status"] == "guest-panicked"
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        expect("forced", end)
+        assert (end["action"], end["restored"]) == ("guest-panic", len(places)), end
+        same_memory(before, code(g), "stopped by the tool")
+        record("the tool's CRASH", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", "–", "–")
+        mark = g.qmp.mark()
+        cont(g)
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
 
 
 class Reset(Way):
@@ -758,17 +1045,18 @@ class Reset(Way):
 
 @scenario(timeout=600, fresh=True)
 def gate_reset(g):
-    """A reset cuts the tool off; it is let in again, and told another start time. So for one that the guest asks for."""
-    g.qmp.execute("set-action", reboot="reset")
+    """A reset cuts the tool off; it is let in again, and told another start time. So for one that the guest asks for (by a triple fault),
+    and for the watchdog's."""
+    g.qmp.execute("set-action", reboot="reset", watchdog="reset")
     with RawTool() as tool:
         tool.accept().answer()
         wait_state(g, "hooked")
         started = tool.start_time
-        for why in ("system_reset", "reboot"):
+        for why in ("system_reset", "reboot", "watchdog"):
             time.sleep(1.1)         # the start time counts seconds
             mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
-            if why == "reboot":
-                g.tell("reboot")
+            if why != "system_reset":
+                g.tell({"reboot": "reboot", "watchdog": Watchdog.what}[why])
             else:
                 g.qmp.execute("system_reset")
             g.qmp.event("RESET", since=mark)
@@ -883,6 +1171,13 @@ def gate_suspend_with_tool(g):
     g.spoilt = True
 
 
+@scenario(timeout=600, machine="q35")
+def gate_suspend_with_hung_tool(g):
+    """… or doesn't leave, and is cut off."""
+    combine(g, Suspend, (Aside,))
+    g.spoilt = True
+
+
 # --- by command, and QEMU's other options -----------------------------------------------------------------------------
 
 
@@ -956,13 +1251,16 @@ def gate_started_otherwise(_):
     g.kill()
 
 
-@scenario()
+CYCLES = 1000 if LONG else 31
+
+
+@scenario(timeout=60 + CYCLES)
 def gate_fds(g):
     """Nothing is left open by sessions that end in whatever way."""
     pid = int((DIR / "pid").read_text())
     counts = []
     with RawTool() as tool:
-        for n in range(31):
+        for n in range(CYCLES):
             mark = g.qmp.mark()
             tool.accept().answer()
             g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
@@ -976,9 +1274,9 @@ def gate_fds(g):
             tool.close()
             g.qmp.event("KVMI_UNHOOKED", since=mark)
             counts.append(len(os.listdir(f"/proc/{pid}/fd")))
-    print(counts)
+    print(f"files open after each of {CYCLES} sessions: at first {counts[:6]}, in the end {counts[-6:]}")
     assert max(counts[-6:]) <= max(counts[:6]), counts
 
 
 if __name__ == "__main__":
-    scenarios.main(SCENARIOS)
+    scenarios.main({**SCENARIOS, **INTEL} if sys.argv[1:] else SCENARIOS)

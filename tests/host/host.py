@@ -108,7 +108,7 @@ def die_with_parent():
 
 class Host:
     def __init__(self, vendor, modules="kvmi", modules_dir=None, kernel=None, cpus=None, out=None, files=(), kvm_args="introspection=1",
-                 icount=False):
+                 icount=False, entries=(), memory=512):
         if vendor not in ("amd", "intel"):
             raise HostError(f"unknown host '{vendor}': amd or intel")
         self.vendor = vendor
@@ -121,6 +121,7 @@ class Host:
         self.modules = Path(modules_dir).resolve() if modules_dir else {"kvmi": BUILD / "linux/modules", "stock": self.stock}[modules]
         self.kvm_args = "" if modules == "stock" and not modules_dir else kvm_args
         self.files = [os.path.abspath(f) for f in files]
+        self.entries, self.memory = list(entries), memory       # Intel: more of an initramfs, see cpio(); MiB
         self.dir = Path(tempfile.mkdtemp(prefix=f"kvmi-{vendor}-"))
         self.out = Path(out).resolve() if out else self.dir / "out"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ class Host:
 
     def intel_boot(self, script):
         bochs = need(BUILD / "bochs/bochs", "run scripts/build-bochs first")
-        extra = [("cmd.1", stat.S_IFREG | 0o755, script.encode())]
+        extra = [*self.entries, ("cmd.1", stat.S_IFREG | 0o755, script.encode())]
         extra += [file_entry(f"modules/{name}.ko", path, 0o644) for name, path in self.kvm_modules()]
         extra.append(("modules/kvm.args", stat.S_IFREG | 0o644, self.kvm_args.encode()))
         extra += [file_entry(f, f, os.stat(f).st_mode & 0o777) for f in self.files]
@@ -223,7 +224,7 @@ class Host:
         (self.dir / "bochsrc").write_text(f"""\
 display_library: nogui
 plugin_ctrl: unmapped=true, biosdev=true, speaker=false, extfpuirq=true, parallel=false
-memory: guest=512, host=512
+memory: guest={self.memory}, host={self.memory}
 romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
 cpu: model=broadwell_ult, count={self.cpus}, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=1
@@ -390,18 +391,18 @@ def make_guest_image(source, image):
         busy = image.with_name("busy")
         subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-static", "-pthread", "-s", "-o", busy, source], check=True, timeout=60)
         new = image.with_name("guest.cpio.new")
-        # one module, for who lists modules
-        evdev = file_entry("modules/evdev.ko", need(BUILD / "linux/stock/evdev.ko", "build first"))
-        new.write_bytes(cpio(BASE + [file_entry("init", busy), evdev]))
+        # one module for who lists modules, and those of disk and network, which it loads when it is told to use them
+        modules = [file_entry(f"modules/{m}.ko", need(BUILD / f"linux/stock/{m}.ko", "build first"), 0o644)
+                   for m in ("evdev", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net")]
+        new.write_bytes(cpio(BASE + [file_entry("init", busy), *modules]))
         new.rename(image)
 
 
 def libvirt_guest_image():
-    """The same with the modules for a power button, which libvirt's guest has."""
+    """The same with the module of a power button, which libvirt's guest has."""
     plain, image = guest_image(), BUILD / "host/libvirt-guest.cpio"
     if newer(plain, image):
-        modules = [need(BUILD / f"linux/stock/{m}.ko", "build first") for m in ("button", "virtio_blk")]
         new = image.with_name("libvirt-guest.cpio.new")
-        new.write_bytes(plain.read_bytes() + cpio([file_entry(f"modules/{m.name}", m) for m in modules]))
+        new.write_bytes(plain.read_bytes() + cpio([file_entry("modules/button.ko", need(BUILD / "linux/stock/button.ko", "build first"))]))
         new.rename(image)
     return image

@@ -3,6 +3,7 @@
 
 Every wait has a bound, and who waits in vain is told for what.
 """
+import contextlib
 import hashlib
 import hmac
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 BUILD = Path(os.environ.get("KVMI_BUILD", ""))     # host.py sets it
 DIR = Path("/run/guest")
 SOCKET = DIR / "tool.sock"
+PATIENT_MS = 120000     # silence-timeout-ms where a hung tool is not what is tested: a slow machine's may look like one
 # Kernel functions that nothing but the guest's own program calls, see guest/busy.c.
 HOT = ("__x64_sys_getppid", "__x64_sys_sched_get_priority_max")
 
@@ -165,7 +167,7 @@ class QMP:
 
 
 def swallow(sock):
-    with sock:
+    with sock, contextlib.suppress(ConnectionResetError):
         while sock.recv(4096):
             pass
 
@@ -176,8 +178,8 @@ class Guest:
     cmdline = ("console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable clocksource=tsc cryptomgr.notests "
                "audit=0 apparmor=0 nowatchdog reboot=t")
 
-    def __init__(self, folder=DIR):
-        self.dir = folder
+    def __init__(self, folder=DIR, qemu=BUILD / "qemu/bin/qemu-system-x86_64", tool=SOCKET):
+        self.dir, self.qemu, self.tool = folder, qemu, tool
         self.serial = folder / "serial"
         self.trace = folder / "trace"
         self.qmp = self.console = None
@@ -185,15 +187,15 @@ class Guest:
     @staticmethod
     def kvmi_options(**options):
         """The kvmi object the scenarios start with, as object-add takes it."""
-        return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
+        return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", "silence_timeout_ms": PATIENT_MS, **options}
 
     def start(self, kvmi=True, extra=(), vcpus=2, machine="microvm,pit=off,pic=off,rtc=on", alive=True):
         self.kill()
         subprocess.run(["rm", "-rf", self.dir], check=True)
         self.dir.mkdir(parents=True)
-        # The disk is for snapshots, the guest has no driver for it
+        # The disk is for snapshots, the guest doesn't use it
         subprocess.run([BUILD / "qemu/bin/qemu-img", "create", "-q", "-f", "qcow2", self.dir / "disk", "1M"], check=True, timeout=20)
-        argv = [BUILD / "qemu/bin/qemu-system-x86_64", "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
+        argv = [self.qemu, "-name", "guest", "-uuid", "6b766d69-0000-4000-8000-000000000001",
                 "-M", machine, "-accel", "kvm", "-cpu", "host,svm=off", "-smp", str(vcpus), "-m", "256",
                 "-nodefaults", "-display", "none", "-no-reboot", "-kernel", BUILD / "linux/vmlinuz",
                 "-initrd", BUILD / "host/guest.cpio", "-append", self.cmdline,
@@ -204,9 +206,10 @@ class Guest:
                 "-qmp", f"unix:{self.dir}/qmp,server=on,wait=off", "-qmp", f"unix:{self.dir}/qmp2,server=on,wait=off",
                 "-chardev", f"socket,id=hmp,path={self.dir}/hmp,server=on,wait=off", "-mon", "chardev=hmp,mode=readline",
                 "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
-                "-chardev", f"socket,id=tool,path={SOCKET},server=off,reconnect-ms=100"]
+                "-chardev", f"socket,id=tool,path={self.tool},server=off,reconnect-ms=100"]
         if kvmi:
-            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-trace", "vm_state_notify", "-object", "kvmi,id=kvmi0,chardev=tool"]
+            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-trace", "vm_state_notify",
+                     "-object", f"kvmi,id=kvmi0,chardev=tool,silence-timeout-ms={PATIENT_MS}"]
         with open(self.dir / "stderr", "wb") as errors:
             process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                                        start_new_session=True)
@@ -245,8 +248,20 @@ class Guest:
 
     def calls(self):
         """(calls, wrong) as the guest told last: system calls it made, and those that returned something wrong."""
-        found = re.findall(r"guest: calls (\d+) wrong (\d+)\n", self.output())
+        return self.told("calls N wrong N")
+
+    def told(self, what):
+        """The two numbers of the guest's last line of that kind"""
+        found = re.findall(rf"guest: {what}\n".replace("N", r"(\d+)"), self.output())
         return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+    def wrote(self):
+        """(blocks written to the disk, failed), after tell("write")"""
+        return self.told("wrote N failed N")
+
+    def echoes(self):
+        """(frames that came back from the network, that didn't), after tell("echo")"""
+        return self.told("echoes N lost N")
 
     def wait_alive(self, timeout=30):
         """The guest goes on: its counter moves, twice, and nothing it called returned nonsense."""

@@ -64,6 +64,8 @@ static void test_statuses(void)
 	g_assert_cmpint(run(NULL, "doctor", "argument", NULL), ==, 2);
 	g_assert_cmpint(run(NULL, "ps", "-s", socket, "-t", "1", NULL), ==, 3);
 	g_assert_cmpint(run(NULL, "ps", "-s", "/nowhere/socket", NULL), ==, 1);
+	g_assert_cmpint(run(NULL, "ps", "-s", "vsock:", NULL), ==, 1);
+	g_assert_cmpint(run(NULL, "ps", "-s", "vsock:0", NULL), ==, 1);
 	g_assert_cmpint(run(NULL, "ps", "-s", socket, "-m", "/nowhere", NULL),
 			==, 1);
 	g_assert_cmpint(run(NULL, "trace", "-s", socket, "-f", "x", "-c", "0",
@@ -72,6 +74,8 @@ static void test_statuses(void)
 			==, 2);
 	g_assert_cmpint(run(NULL, "events", "-s", socket, "-a", "x=q", NULL),
 			==, 2);
+	g_assert_cmpint(run(NULL, "watch", "-s", socket, "--syscall", "a b",
+			    NULL), ==, 2);
 	g_assert_cmpint(run(NULL, "dump", "-s", socket, "-r", "1,2", "file",
 			    NULL), ==, 2);
 	/* a dump that did not come about leaves what was there */

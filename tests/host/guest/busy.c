@@ -6,24 +6,31 @@
  * is ours and can be counted) and checks what they return (so a wrong step over a breakpoint shows). The first thread
  * tells five times a second how far it is: that is how a test sees that the guest is alive. Then it makes a child, so that the
  * kernel changes from one address space to another now and then. What a test wants the guest to do comes as a line on the
- * console.
+ * console: from a power off to writing to a disk, for which the drivers are in the initramfs.
  *
  * Under libvirt (tests/host/virsh.py) there are modules in the initramfs, and it does two things more that operators ask of
  * guests: the power button powers it off, and the agent's channel knows guest-suspend-ram.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_packet.h>
 #include <linux/input.h>
+#include <net/if.h>
+#include <net/ethernet.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -204,6 +211,112 @@ static void tell_processes(void)
 	printf("guest: that was all\n");
 }
 
+static void load_virtio(const char *device)
+{
+	load_module("/modules/virtio_mmio.ko");
+	load_module(device);
+}
+
+/* The largest disk; returns how many bytes it has */
+static unsigned long long open_disk(int *fd)
+{
+	unsigned long long sectors, most = 0;
+	unsigned int major, minor, found[2];
+
+	*fd = -1;
+	for (char name[] = "vda"; name[2] <= 'd'; name[2]++) {
+		char path[64];
+		FILE *f;
+
+		snprintf(path, sizeof(path), "/sys/block/%s/size", name);
+		f = fopen(path, "r");
+		if (!f)
+			continue;
+		if (fscanf(f, "%llu", &sectors) != 1)
+			sectors = 0;
+		fclose(f);
+		snprintf(path, sizeof(path), "/sys/block/%s/dev", name);
+		f = fopen(path, "r");
+		if (f && fscanf(f, "%u:%u", &major, &minor) == 2 && sectors > most) {
+			most = sectors;
+			found[0] = major;
+			found[1] = minor;
+		}
+		if (f)
+			fclose(f);
+	}
+	if (most && (!mknod("/disk", S_IFBLK | 0600, makedev(found[0], found[1])) || errno == EEXIST))
+		*fd = open("/disk", O_WRONLY | O_DIRECT | O_CLOEXEC);
+	return most * 512;
+}
+
+/* "write": a thread writes block after block to the disk, and goes on when one fails */
+static atomic_ulong written, unwritten;
+static atomic_int writing;
+
+static void *write_disk(void *unused)
+{
+	static char block[4096] __attribute__((aligned(4096)));
+	unsigned long long size, at = 0;
+	int fd;
+
+	(void)unused;
+	load_virtio("/modules/virtio_blk.ko");
+	size = open_disk(&fd);
+	if (fd < 0) {
+		printf("guest: has no disk: %s\n", strerror(errno));
+		return NULL;
+	}
+	printf("guest: writes\n");
+	for (writing = 1; ; at = (at + sizeof(block)) % size) {
+		memset(block, at / sizeof(block), sizeof(block));
+		if (pwrite(fd, block, sizeof(block), at) == sizeof(block))
+			written++;
+		else
+			unwritten++;
+	}
+	return NULL;
+}
+
+/* "echo": a thread sends a frame on the network and waits for another one, over and over */
+static atomic_ulong echoes, lost;
+static atomic_int echoing;
+
+static void *echo(void *unused)
+{
+	struct sockaddr_ll to = { .sll_family = AF_PACKET, .sll_halen = ETH_ALEN };
+	unsigned char frame[64] = { [0 ... 5] = 0xff, [12] = 0x88, [13] = 0xb5 };	/* for experiments */
+	struct ifreq interface = { .ifr_name = "eth0" };
+	int fd;
+
+	(void)unused;
+	load_module("/modules/failover.ko");
+	load_module("/modules/net_failover.ko");
+	load_virtio("/modules/virtio_net.ko");
+	fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, htons(0x88b5));
+	if (fd < 0 || ioctl(fd, SIOCGIFINDEX, &interface)) {
+		printf("guest: has no network: %s\n", strerror(errno));
+		return NULL;
+	}
+	to.sll_ifindex = interface.ifr_ifindex;
+	interface.ifr_flags = IFF_UP;
+	if (ioctl(fd, SIOCSIFFLAGS, &interface))
+		perror("guest: eth0");
+	printf("guest: echoes\n");
+	for (echoing = 1; ;) {
+		struct pollfd pfd = { .fd = fd, .events = POLLIN };
+		unsigned char answer[64];
+
+		if (sendto(fd, frame, sizeof(frame), 0, (struct sockaddr *)&to, sizeof(to)) == sizeof(frame) &&
+		    poll(&pfd, 1, 1000) == 1 && read(fd, answer, sizeof(answer)) > 0)
+			echoes++;
+		else
+			lost++;
+		usleep(5000);
+	}
+	return NULL;
+}
+
 /* With "patch" the kernel rewrites its own code over and over, for a static key, until "be quiet" */
 static atomic_int patching, hush;
 
@@ -219,6 +332,15 @@ static void patch_kernel(void)
 		hush = 0;
 		printf("guest: quiet\n");
 	}
+}
+
+static void start(void *(*function)(void *), const void *argument)
+{
+	pthread_t thread;
+
+	errno = pthread_create(&thread, NULL, function, (void *)argument);
+	if (errno)
+		perror("guest: pthread_create");
 }
 
 /* What has to come from inside the guest */
@@ -247,6 +369,10 @@ static void *obey(void *unused)
 			patching = 0;
 			hush = 1;
 		}
+		else if (!strcmp(line, "write"))
+			start(write_disk, NULL);
+		else if (!strcmp(line, "echo"))
+			start(echo, NULL);
 		else if (sscanf(line, "out %x %x", &port, &value) == 2)
 			out(port, value);
 		else
@@ -254,15 +380,6 @@ static void *obey(void *unused)
 		fflush(stdout);
 	}
 	return NULL;
-}
-
-static void start(void *(*function)(void *), const void *argument)
-{
-	pthread_t thread;
-
-	errno = pthread_create(&thread, NULL, function, (void *)argument);
-	if (errno)
-		perror("guest: pthread_create");
 }
 
 static void be_operable(void)
@@ -303,6 +420,10 @@ int main(void)
 		struct timespec pause = { .tv_nsec = 200000000 };
 
 		printf("guest: calls %lu wrong %lu\n", calls, wrong);
+		if (writing)
+			printf("guest: wrote %lu failed %lu\n", written, unwritten);
+		if (echoing)
+			printf("guest: echoes %lu lost %lu\n", echoes, lost);
 		patch_kernel();
 		fflush(stdout);
 		if (!fork())
