@@ -141,6 +141,7 @@ struct kvmi_vm {
 	size_t input_start;
 	size_t input_end;
 	uint8_t *input;
+	bool drained;		/* there was no more: asking at once is in vain */
 
 	/* bytes to be sent: output[output_start, output_end) */
 	size_t output_start;
@@ -154,6 +155,10 @@ struct kvmi_vm {
 
 	struct open_event *open;
 	size_t open_count;
+
+	/* Of kvmi_call_then(), in that order */
+	struct kvmi_call *first_call;
+	struct kvmi_call **last_call;
 };
 
 /* names.c */
@@ -195,6 +200,14 @@ enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err);
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 			 size_t *size, struct kvmi_error *err);
 void vm_abandon(struct kvmi_vm *vm, struct pending *pending);
+/*
+ * With the lock held, not waiting: whether it has come to an end, which is then
+ * in err, and size; pending is free then.
+ */
+bool vm_has_ended(struct kvmi_vm *vm, struct pending *pending, int64_t deadline,
+		  size_t *size, struct kvmi_error *err);
+/* Sends what can be without waiting for the other side */
+enum kvmi_status vm_push(struct kvmi_vm *vm, struct kvmi_error *err);
 /* vm_start() and vm_wait(); the answer must have at least `least' bytes */
 enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 			    const struct iovec *parts, int part_count,

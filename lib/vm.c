@@ -171,6 +171,7 @@ struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 	vm->timeout = DEFAULT_TIMEOUT_MS;
 	vm->state = VM_HELLO;
 	vm->last_event = &vm->first_event;
+	vm->last_call = &vm->first_call;
 	memcpy(vm->cookie_hash, cookie_hash, SHA1_SIZE);
 
 	return vm;
@@ -573,6 +574,8 @@ static enum kvmi_status take_answer(struct kvmi_vm *vm,
 	const char *name = kvmi_command_name(header->id);
 	size_t size;
 
+	if (!name)
+		name = "command";
 	pending = &vm->pending[header->seq % MAX_PENDING];
 	if ((pending->state != PENDING_WAITING &&
 	     pending->state != PENDING_ABANDONED) ||
@@ -660,6 +663,7 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
 			   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
 	} while (got < 0 && errno == EINTR);
 
+	vm->drained = got < (ssize_t)(INPUT_SIZE - vm->input_end);
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
 		return KVMI_ERR_NOTHING;
 	if (got == 0 || (got < 0 && errno == ECONNRESET))
@@ -712,6 +716,36 @@ static void follow(struct kvmi_vm *vm, int64_t deadline)
 		pthread_cond_timedwait(&vm->changed, &vm->lock, &until);
 }
 
+static enum kvmi_status push(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	enum kvmi_status status = flush(vm, err);
+	int64_t deadline;
+
+	if (status != KVMI_OK || !vm->polling || !has_output(vm))
+		return status;
+
+	/* the thread that polls does not know of what is left */
+	deadline = now_ms() + vm->timeout;
+	while (status == KVMI_OK && vm->polling && has_output(vm) &&
+	       now_ms() < deadline) {
+		poll_socket(vm, POLLOUT, FOLLOW_MS);
+		status = flush(vm, err);
+	}
+
+	return status;
+}
+
+enum kvmi_status vm_push(struct kvmi_vm *vm, struct kvmi_error *err)
+{
+	enum kvmi_status status;
+
+	lock(vm);
+	status = push(vm, err);
+	unlock(vm);
+
+	return status;
+}
+
 /*
  * One round of sending and receiving, waiting at most until the deadline.
  * What the caller waits for may be there afterwards, or not.
@@ -722,31 +756,36 @@ static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
 	enum kvmi_status status;
 	int64_t left;
 
-	do {
+	for (;;) {
 		status = flush(vm, err);
 		if (status != KVMI_OK)
 			return status;
 		left = deadline - now_ms();
 
 		if (vm->polling) {
-			if (left > 0) {
-				follow(vm, deadline);
-				return flush(vm, err);
-			}
-			break;
+			if (left <= 0)
+				break;
+			follow(vm, deadline);
+			return flush(vm, err);
 		}
-		status = receive_some(vm, err);
-		if (status != KVMI_ERR_NOTHING)
-			return status;
-		if (left > 0) {
+		if (vm->drained && left > 0) {
+			vm->drained = false;
 			vm->polling = true;
 			poll_socket(vm, has_output(vm) ? POLLIN | POLLOUT :
 							 POLLIN, left);
 			vm->polling = false;
 			/* somebody else has to poll if we don't any more */
 			pthread_cond_broadcast(&vm->changed);
+			status = flush(vm, err);
+			if (status != KVMI_OK)
+				return status;
 		}
-	} while (left > 0);
+		status = receive_some(vm, err);
+		if (status != KVMI_ERR_NOTHING)
+			return status;
+		if (left <= 0)
+			break;
+	}
 
 	return fail(err, KVMI_ERR_TIMEOUT, "no answer in time");
 }
@@ -941,12 +980,36 @@ void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
 	unlock(vm);
 }
 
+static enum kvmi_status too_late(const struct kvmi_vm *vm, unsigned int id,
+				 struct kvmi_error *err)
+{
+	const char *name = kvmi_command_name(id);
+
+	return fail(err, KVMI_ERR_TIMEOUT,
+		    id & 1 ? "%s: no answer within %d ms; is the VM paused?" :
+			     "%s: no answer within %d ms",
+		    name ? name : "command", vm->timeout);
+}
+
+/* What the answer says */
+static enum kvmi_status take_result(struct pending *pending, size_t *size,
+				    struct kvmi_error *err)
+{
+	unsigned int id = pending->id;
+	int kvm_error = pending->error;
+
+	if (size)
+		*size = pending->size;
+	abandon(pending);
+
+	return kvm_error ? fail_kvm(err, id, kvm_error) : KVMI_OK;
+}
+
 static enum kvmi_status wait_for(struct kvmi_vm *vm, struct pending *pending,
 				 size_t *size, struct kvmi_error *err)
 {
 	int64_t deadline = now_ms() + vm->timeout;
 	unsigned int id = pending->id;
-	int kvm_error;
 
 	while (pending->state == PENDING_WAITING) {
 		enum kvmi_status status = pump(vm, deadline, err);
@@ -954,22 +1017,31 @@ static enum kvmi_status wait_for(struct kvmi_vm *vm, struct pending *pending,
 		/* what came along with the bad news may be the answer */
 		if (status != KVMI_OK && pending->state == PENDING_WAITING) {
 			abandon(pending);
-			if (status == KVMI_ERR_TIMEOUT)
-				fail(err, status,
-				     id & 1 ?
-				     "%s: no answer within %d ms; is the VM paused?" :
-				     "%s: no answer within %d ms",
-				     kvmi_command_name(id), vm->timeout);
-			return status;
+			return status == KVMI_ERR_TIMEOUT ?
+			       too_late(vm, id, err) : status;
 		}
 	}
 
-	if (size)
-		*size = pending->size;
-	kvm_error = pending->error;
+	return take_result(pending, size, err);
+}
+
+bool vm_has_ended(struct kvmi_vm *vm, struct pending *pending, int64_t deadline,
+		  size_t *size, struct kvmi_error *err)
+{
+	*err = (struct kvmi_error){ .status = KVMI_OK };
+	if (pending->state == PENDING_DONE) {
+		take_result(pending, size, err);
+		return true;
+	}
+	if (vm->state == VM_BROKEN)
+		copy_broken(vm, err);
+	else if (now_ms() >= deadline)
+		too_late(vm, pending->id, err);
+	else
+		return false;
 	abandon(pending);
 
-	return kvm_error ? fail_kvm(err, id, kvm_error) : KVMI_OK;
+	return true;
 }
 
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
@@ -1064,6 +1136,12 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	 */
 	kvmi_vm_flush(vm, NULL);
 
+	/* Whoever is to be told of an answer learns that none will come */
+	if (vm->first_call) {
+		kvmi_vm_shutdown(vm);
+		kvmi_vm_dispatch(vm);
+	}
+
 	close(vm->fd);
 	while ((entry = vm->first_event)) {
 		vm->first_event = entry->next;
@@ -1078,6 +1156,23 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	free(vm);
 }
 
+/*
+ * Another thread sleeps in poll(), for an answer perhaps.  What has come wakes it
+ * up, but not if it is gone before it looks: so it is left to that thread.
+ */
+static enum kvmi_status leave_to_poller(struct kvmi_vm *vm)
+{
+	struct pollfd poll_fd = { .fd = vm->fd, .events = POLLIN };
+	int64_t deadline = now_ms() + FOLLOW_MS;
+	struct timespec until = { deadline / 1000, deadline % 1000 * 1000000 };
+
+	if (poll(&poll_fd, 1, 0) <= 0)
+		return KVMI_ERR_NOTHING;
+	pthread_cond_timedwait(&vm->changed, &vm->lock, &until);
+
+	return KVMI_OK;
+}
+
 enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	enum kvmi_status status;
@@ -1090,7 +1185,8 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 	do {
 		status = flush(vm, err);
 		if (status == KVMI_OK)
-			status = receive_some(vm, err);
+			status = vm->polling ? leave_to_poller(vm) :
+					       receive_some(vm, err);
 	} while (status == KVMI_OK && --rounds);
 	if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
 		status = flush(vm, err);
@@ -1268,24 +1364,16 @@ static enum kvmi_status reply(struct kvmi_vm *vm,
 			      struct kvmi_error *err)
 {
 	enum kvmi_status status;
-	int64_t deadline;
 
 	if (!vm || !event)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no event");
 
 	lock(vm);
-	deadline = now_ms() + vm->timeout;
 	status = check_reply(vm, event, action, err);
 	if (status == KVMI_OK)
 		status = queue_reply(vm, event, action, value, err);
 	if (status == KVMI_OK)
-		status = flush(vm, err);
-	/* the thread that polls does not know of what is left */
-	while (status == KVMI_OK && vm->polling && has_output(vm) &&
-	       now_ms() < deadline) {
-		poll_socket(vm, POLLOUT, FOLLOW_MS);
-		status = flush(vm, err);
-	}
+		status = push(vm, err);
 	unlock(vm);
 
 	return status;

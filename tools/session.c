@@ -63,6 +63,8 @@ static void start_line(struct session *s, struct line *line, int64_t ts,
 	json_string(line, "uuid", uuid);
 }
 
+static bool is_lost(struct session *s, enum kvmi_status status,
+		    const struct kvmi_error *err);
 static void problem(struct session *s, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
 
@@ -85,19 +87,106 @@ static void problem(struct session *s, const char *format, ...)
 	}
 }
 
+/* The kernel's struct pt_regs: what the program had in its registers */
+struct pt_regs {
+	uint64_t r15, r14, r13, r12, rbp, rbx;
+	uint64_t r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi;
+	uint64_t orig_rax;	/* the number */
+};
+
+struct call {
+	bool known;
+	int number;
+	char name[64];		/* "": not known */
+	uint64_t arguments[6];
+};
+
+/* The guest itself says which function has that number */
+static void name_call(struct session *s, struct call *call)
+{
+	static const char prefix[] = "__x64_sys_";
+	const struct vm_record *record = s->record;
+	const struct symbol *symbol;
+	uint64_t address;
+
+	if (!record->syscall_table || call->number < 0 ||
+	    call->number >= SYSCALLS_MAX)
+		return;
+	address = record->syscall_table[call->number] - record->guest.offset;
+	symbol = symbols_at(guest_symbols(&record->guest, s->watch->map), address);
+	if (symbol && symbol->address == address &&
+	    !strncmp(symbol->name, prefix, sizeof(prefix) - 1))
+		snprintf(call->name, sizeof(call->name), "%s",
+			 symbol->name + sizeof(prefix) - 1);
+}
+
+/* Both functions that --syscall puts a breakpoint on have pt_regs in RDI */
+static struct call get_call(struct session *s, unsigned int vcpu,
+			    const struct kvm_regs *regs)
+{
+	struct call call = { 0 };
+	struct pt_regs program;
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	status = kvmi_vcpu_read_virtual(s->vm, vcpu, regs->rdi, &program,
+					sizeof(program), &err);
+	if (status != KVMI_OK) {
+		if (!is_lost(s, status, &err))
+			problem(s, "the arguments of a system call: %s",
+				err.message);
+		return call;
+	}
+	call = (struct call){
+		.known = true, .number = program.orig_rax,
+		.arguments = { program.rdi, program.rsi, program.rdx,
+			       program.r10, program.r8, program.r9 },
+	};
+	name_call(s, &call);
+
+	return call;
+}
+
+static void show_call(struct line *line, const struct call *call)
+{
+	unsigned int i;
+
+	json_open(line, "syscall", '{');
+	if (call->name[0])
+		json_string(line, "name", call->name);
+	json_number(line, "number", call->number);
+	json_open(line, "arguments", '[');
+	for (i = 0; i < 6; i++)
+		json_hex(line, NULL, call->arguments[i]);
+	json_close(line, ']');
+	json_close(line, '}');
+}
+
 static void show_hit(struct session *s, struct breakpoint *bp, int64_t ts,
 		     unsigned int vcpu, const struct kvmi_registers *state)
 {
 	const struct kvm_regs *regs = &state->regs;
+	struct call call = { 0 };
 	struct line line;
 
-	if (s->watch->quiet)
+	if (s->watch->quiet ||
+	    (!s->watch->json && bp->shown >= s->watch->show_hits))
 		return;
+	if (bp->syscall)
+		call = get_call(s, vcpu, regs);
 	if (!s->watch->json) {
-		if (bp->shown >= s->watch->show_hits)
-			return;
+		const uint64_t *a = call.arguments;
+
 		bp->shown++;
-		human(ts, true,
+		if (call.known)
+			human(ts, true,
+			      "%s: %s (%d), vCPU %u: %" PRIx64 " %" PRIx64 " %" PRIx64 " %" PRIx64 " %" PRIx64 " %" PRIx64 ", cr3 %llx",
+			      s->record->label,
+			      call.name[0] ? call.name : "system call",
+			      call.number, vcpu, a[0], a[1], a[2], a[3], a[4],
+			      a[5], state->sregs.cr3);
+		else
+			human(ts, true,
 		      "%s: %s, vCPU %u: rdi %llx rsi %llx rdx %llx rcx %llx r8 %llx r9 %llx rax %llx rsp %llx cr3 %llx",
 		      s->record->label, bp->name, vcpu, regs->rdi, regs->rsi,
 		      regs->rdx, regs->rcx, regs->r8, regs->r9, regs->rax,
@@ -134,6 +223,8 @@ static void show_hit(struct session *s, struct breakpoint *bp, int64_t ts,
 	json_hex(&line, "rflags", regs->rflags);
 	json_hex(&line, "cr3", state->sregs.cr3);
 	json_close(&line, '}');
+	if (call.known)
+		show_call(&line, &call);
 	json_end(&line, true);
 }
 
@@ -360,6 +451,33 @@ static void spread(struct session *s, struct breakpoint *first, size_t wanted)
 	free(places);
 }
 
+/* Names are no more than an aid: without the table there are numbers */
+static void read_syscall_table(struct session *s)
+{
+	const size_t size = SYSCALLS_MAX * sizeof(uint64_t);
+	struct vm_record *record = s->record;
+	enum kvmi_status status;
+	struct kvmi_error err;
+	uint64_t gva;
+	char why[400];
+
+	free(record->syscall_table);
+	record->syscall_table = NULL;
+	if (!guest_resolve(&record->guest, s->watch->map, "sys_call_table", false,
+			   &gva, why, sizeof(why)))
+		return;
+	record->syscall_table = malloc(size);
+	if (!record->syscall_table)
+		return;
+	status = guest_read(&record->guest, gva, record->syscall_table, size,
+			    &err);
+	if (status != KVMI_OK) {
+		is_lost(s, status, &err);
+		free(record->syscall_table);
+		record->syscall_table = NULL;
+	}
+}
+
 /* Where they are; all that can be found are in the set then */
 static void resolve(struct session *s)
 {
@@ -374,6 +492,8 @@ static void resolve(struct session *s)
 	    !record->breakpoints[specs].gva)
 		spread(s, &record->breakpoints[specs],
 		       record->breakpoint_count - specs);
+	if (s->watch->syscalls)
+		read_syscall_table(s);
 
 	for (i = 0; i < record->breakpoint_count && !s->lost; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];
@@ -733,6 +853,9 @@ static bool begin(struct session *s)
 			    KVMI_SET(KVMI_CMD_VCPU_SET_REGISTERS);
 		events |= KVMI_SET(KVMI_EV_BREAKPOINT) | KVMI_SET(KVMI_EV_PAUSE);
 	}
+
+	if (s->watch->syscalls)
+		commands |= KVMI_SET(KVMI_CMD_VCPU_TRANSLATE_GVA);
 
 	if (!wait_for_handshake(s))
 		return false;

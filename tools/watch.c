@@ -38,6 +38,10 @@ static const char help[] =
 "                          (0x...); can be given many times.  It must be where an\n"
 "                          instruction begins; that cannot be checked\n"
 "  -f, --break-file FILE   one WHERE a line; # begins a comment\n"
+"      --syscall NAME      the system call NAME (openat, ...): a breakpoint on its\n"
+"                          function, a hit shows number and arguments; can be\n"
+"                          given many times.  64-bit programs only\n"
+"      --syscalls          all system calls, at the kernel's entry.  This is slow\n"
 "  -m, --system-map FILE   the System.map of the guests' kernel.  Without it, each\n"
 "                          guest's symbols are read from its own memory\n"
 "  -n, --count N           end after N hits\n"
@@ -54,7 +58,8 @@ static const char help[] =
 "  ready           kernel, offset (KASLR), vcpus: the guest's kernel was found;\n"
 "                  without breakpoints, nobody looks for it, and these are missing\n"
 "  planted         breakpoints: how many; duration_us\n"
-"  hit             vcpu, symbol, address, hits, registers{}\n"
+"  hit             vcpu, symbol, address, hits, registers{}; of --syscall, too:\n"
+"                  syscall{name (if known), number, arguments[6]}\n"
 "  summary         interval_us, foreign, breakpoints[{symbol, hits}]: each second\n"
 "  notified        reason: \"unhook\" (the VM is going to be paused) or \"stop\"\n"
 "  breakpoint-out  symbol, address, original (the byte put back)\n"
@@ -71,6 +76,8 @@ enum {
 	OPTION_MODE = 256,
 	OPTION_SHOW,
 	OPTION_SPREAD,
+	OPTION_SYSCALL,
+	OPTION_SYSCALLS,
 };
 
 void watch_stop(struct watch *watch)
@@ -102,7 +109,10 @@ static struct vm_record *record_new(struct watch *watch,
 	for (i = 0; i < count; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];
 
-		bp->spec = i < watch->spec_count ? watch->specs[i] : NULL;
+		if (i < watch->spec_count) {
+			bp->spec = watch->specs[i].where;
+			bp->syscall = watch->specs[i].syscall;
+		}
 		snprintf(bp->name, sizeof(bp->name), "%s",
 			 bp->spec ? bp->spec : "padding");
 	}
@@ -121,6 +131,7 @@ static void record_free(struct vm_record *record)
 {
 	guest_forget(&record->guest);
 	kvmi_hooks_free(record->hooks);
+	free(record->syscall_table);
 	free(record->breakpoints);
 	free(record);
 }
@@ -242,18 +253,20 @@ failed:
  * Options
  */
 
-static int add_spec(struct watch *watch, const char *text)
+static int add_spec(struct watch *watch, const char *prefix, const char *text,
+		    bool syscall)
 {
-	char **specs = realloc(watch->specs, (watch->spec_count + 1) *
-			       sizeof(*specs));
+	struct spec *specs = realloc(watch->specs, (watch->spec_count + 1) *
+				     sizeof(*specs));
+	char *where;
 
 	if (!specs)
 		return -1;
 	watch->specs = specs;
-	specs[watch->spec_count] = strdup(text);
-	if (!specs[watch->spec_count])
+	if (asprintf(&where, "%s%s", prefix, text) < 0)
 		return -1;
-	watch->spec_count++;
+	specs[watch->spec_count++] = (struct spec){ where, syscall };
+	watch->syscalls |= syscall;
 
 	return 0;
 }
@@ -274,7 +287,7 @@ static int add_file(struct watch *watch, const char *path)
 
 		start[strcspn(start, "# \t\r\n")] = 0;
 		if (*start)
-			result = add_spec(watch, start);
+			result = add_spec(watch, "", start, false);
 	}
 	if (result || ferror(file)) {
 		complain("%s: cannot be read", path);
@@ -302,6 +315,8 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 		 * between functions, which never runs.
 		 */
 		{ "break-spread", required_argument, NULL, OPTION_SPREAD },
+		{ "syscall", required_argument, NULL, OPTION_SYSCALL },
+		{ "syscalls", no_argument, NULL, OPTION_SYSCALLS },
 		{ "system-map", required_argument, NULL, 'm' },
 		{ "count", required_argument, NULL, 'n' },
 		{ "show", required_argument, NULL, OPTION_SHOW },
@@ -332,7 +347,7 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 			*key_file = optarg;
 			break;
 		case 'b':
-			if (!*optarg || add_spec(watch, optarg)) {
+			if (!*optarg || add_spec(watch, "", optarg, false)) {
 				complain("--break wants a symbol or an address");
 				return EXIT_USAGE;
 			}
@@ -340,6 +355,19 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 		case 'f':
 			if (add_file(watch, optarg))
 				return EXIT_PROBLEM;
+			break;
+		case OPTION_SYSCALL:
+			if (!*optarg || optarg[strspn(optarg, "abcdefghijklmnopqrstuvwxyz0123456789_")] ||
+			    add_spec(watch, "__x64_sys_", optarg, true)) {
+				complain("--syscall wants the name of a system call, as openat");
+				return EXIT_USAGE;
+			}
+			break;
+		case OPTION_SYSCALLS:
+			if (add_spec(watch, "do_syscall_64", "", true)) {
+				complain("out of memory");
+				return EXIT_PROBLEM;
+			}
 			break;
 		case OPTION_SPREAD:
 			if (parse_number(optarg, 0, 100000, &number)) {
@@ -440,7 +468,7 @@ static void free_watch(struct watch *watch)
 		record_free(record);
 	}
 	for (i = 0; i < watch->spec_count; i++)
-		free(watch->specs[i]);
+		free(watch->specs[i].where);
 	free(watch->specs);
 	symbols_free(watch->map);
 }

@@ -19,14 +19,24 @@
  * connection talks to KVM.
  */
 
+/* What --break or --syscall says */
+struct spec {
+	char *where;
+	bool syscall;		/* a hit has a system call's arguments */
+};
+
+/* More than the x86-64 kernel has */
+#define SYSCALLS_MAX 512
+
 struct watch {
 	bool json;
 	bool quiet;
 	unsigned int show_hits;		/* print that many of each breakpoint */
 	uint64_t count;			/* stop after so many hits; 0: don't */
 	struct symbols *map;		/* NULL: take the guest's own */
-	char **specs;			/* --break */
+	struct spec *specs;
 	size_t spec_count;
+	bool syscalls;			/* some are --syscall */
 	unsigned int spread;		/* --break-spread */
 
 	int stop_fd;			/* readable: clean up and end */
@@ -43,6 +53,7 @@ struct watch {
 
 struct breakpoint {
 	const char *spec;
+	bool syscall;
 	char name[80];		/* for output */
 	uint64_t gva;
 	struct kvmi_hook *hook;	/* NULL: its place is not known */
@@ -63,6 +74,7 @@ struct vm_record {
 	char name[65];
 	char label[65];		/* for output */
 	struct guest guest;
+	uint64_t *syscall_table;	/* the guest's sys_call_table; or NULL */
 	struct breakpoint *breakpoints;
 	size_t breakpoint_count;
 	struct kvmi_hooks *hooks;

@@ -519,7 +519,7 @@ static enum kvmi_status write_memory(struct dom *dom, uint64_t gpa,
 				     const uint8_t *data, size_t size,
 				     struct kvmi_error *err)
 {
-	enum kvmi_status status = KVMI_OK;
+	enum kvmi_status status;
 	uint8_t *old = NULL;
 	size_t int3s = 0, i;
 
@@ -534,9 +534,12 @@ static enum kvmi_status write_memory(struct dom *dom, uint64_t gpa,
 			return KVMI_ERR_SYSTEM;
 		}
 		status = kvmi_vm_read_physical(dom->vm, gpa, old, size, err);
+		if (status != KVMI_OK) {
+			free(old);
+			return status;
+		}
 	}
-	if (status == KVMI_OK)
-		status = kvmi_vm_write_physical(dom->vm, gpa, data, size, err);
+	status = kvmi_vm_write_physical(dom->vm, gpa, data, size, err);
 	/*
 	 * A failure may have come after a part of it; the INT3s that have not
 	 * been written will not be found there.

@@ -24,18 +24,19 @@ static gboolean vm_prepare(GSource *base, gint *timeout)
 	struct vm_source *source = (struct vm_source *)base;
 	short events = kvmi_vm_poll_events(source->vm);
 
-	*timeout = -1;
+	*timeout = kvmi_vm_next_timeout(source->vm);
 	g_source_modify_unix_fd(base, source->tag, (GIOCondition)events);
 
 	/* a call of another function may have brought some along */
-	return has_event(source);
+	return has_event(source) || *timeout == 0;
 }
 
 static gboolean vm_check(GSource *base)
 {
 	struct vm_source *source = (struct vm_source *)base;
 
-	return source->next || g_source_query_unix_fd(base, source->tag);
+	return source->next || g_source_query_unix_fd(base, source->tag) ||
+	       kvmi_vm_next_timeout(source->vm) == 0;
 }
 
 static gboolean vm_dispatch(GSource *base, GSourceFunc callback,
@@ -48,6 +49,7 @@ static gboolean vm_dispatch(GSource *base, GSourceFunc callback,
 	if (!function)
 		return G_SOURCE_REMOVE;
 	status = kvmi_vm_process(source->vm, &source->err);
+	kvmi_vm_dispatch(source->vm);
 	/* not all at once: others have their turn */
 	if (has_event(source)) {
 		struct kvmi_vm_event *event = source->next;

@@ -48,8 +48,9 @@ void hmp_info_kvmi(Monitor *mon, const QDict *qdict)
     monitor_printf(mon, "protocol: version %" PRIu32 "\n",
                    info->protocol_version);
     monitor_printf(mon, "timeouts: handshake %" PRIu32 " ms, unhook %" PRIu32
-                   " ms\n", info->handshake_timeout_ms,
-                   info->unhook_timeout_ms);
+                   " ms, silence %" PRIu32 " ms\n",
+                   info->handshake_timeout_ms, info->unhook_timeout_ms,
+                   info->silence_timeout_ms);
     print_names(mon, "commands", info->commands);
     print_names(mon, "events", info->events);
     monitor_printf(mon, "sessions: %" PRIu64 "; ended clean %" PRIu64

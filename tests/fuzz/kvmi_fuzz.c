@@ -44,7 +44,7 @@ struct kvm_introspection_feature {
 };
 struct kvm_introspection_status {
     uint32_t hooked, reason;
-    uint64_t restored, events, commands, padding[4];
+    uint64_t restored, events, commands, silence, padding[3];
 };
 #define KVM_INTROSPECTION_HOOK      _IOW(KVMIO, 0xc8, struct kvm_introspection_hook)
 #define KVM_INTROSPECTION_UNHOOK    _IO(KVMIO, 0xc9)
@@ -1473,7 +1473,7 @@ static void check_status(bool unhooked)
         fail("KVM_INTROSPECTION_STATUS: %s", strerror(errno));
     }
     if (st.hooked > !unhooked || st.reason >= MAX_REASONS || !is_zero(st.padding, sizeof(st.padding)) ||
-        (unhooked && !st.reason)) {
+        (unhooked && (!st.reason || st.silence))) {
         fail("KVM_INTROSPECTION_STATUS: hooked %u, reason %u", st.hooked, st.reason);
     }
     if (unhooked) {

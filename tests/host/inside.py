@@ -21,6 +21,7 @@ from pathlib import Path
 BUILD = Path(os.environ.get("KVMI_BUILD", ""))     # host.py sets it
 DIR = Path("/run/guest")
 SOCKET = DIR / "tool.sock"
+PATIENT_MS = 120000     # silence-timeout-ms where a hung tool is not what is tested: a slow machine's may look like one
 # Kernel functions that nothing but the guest's own program calls, see guest/busy.c.
 HOT = ("__x64_sys_getppid", "__x64_sys_sched_get_priority_max")
 
@@ -186,7 +187,7 @@ class Guest:
     @staticmethod
     def kvmi_options(**options):
         """The kvmi object the scenarios start with, as object-add takes it."""
-        return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", **options}
+        return {"qom_type": "kvmi", "id": "kvmi0", "chardev": "tool", "silence_timeout_ms": PATIENT_MS, **options}
 
     def start(self, kvmi=True, extra=(), vcpus=2, machine="microvm,pit=off,pic=off,rtc=on", alive=True):
         self.kill()
@@ -207,7 +208,8 @@ class Guest:
                 "-msg", "timestamp=on", "-D", self.trace, "-pidfile", self.dir / "pid",
                 "-chardev", f"socket,id=tool,path={self.tool},server=off,reconnect-ms=100"]
         if kvmi:
-            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-trace", "vm_state_notify", "-object", "kvmi,id=kvmi0,chardev=tool"]
+            argv += ["-trace", "kvmi_*", "-trace", "stop_gate_*", "-trace", "vm_state_notify",
+                     "-object", f"kvmi,id=kvmi0,chardev=tool,silence-timeout-ms={PATIENT_MS}"]
         with open(self.dir / "stderr", "wb") as errors:
             process = subprocess.Popen([str(a) for a in (*argv, *extra)], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                                        start_new_session=True)

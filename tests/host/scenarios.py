@@ -17,9 +17,10 @@ import time
 import traceback
 from pathlib import Path
 
-from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, QMP, READ_PHYSICAL, SOCKET,
-                    VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
+from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, PATIENT_MS, QMP, READ_PHYSICAL,
+                    SOCKET, VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
 
+TOP = Path(__file__).resolve().parents[2]
 SCENARIOS = {}
 
 
@@ -199,6 +200,28 @@ def watch_counts_hits(g):
 
 
 @scenario()
+def watch_syscalls(g):
+    """System calls by name, with what the program gave them; then all there are, named by the guest's own table."""
+    calls = {"sched_get_priority_max": 146, "getppid": 110}     # asm/unistd_64.h
+    with Watch(options=[o for name in calls for o in ("--syscall", name)]) as w:
+        hits = [w.event("hit", count=10, timeout=60, symbol=f"__x64_sys_{name}") for name in calls]
+        found = {h["syscall"]["name"]: h["syscall"] for h in hits}
+        assert {n: c["number"] for n, c in found.items()} == calls, found
+        # the guest asks for SCHED_FIFO, which is 1
+        assert int(found["sched_get_priority_max"]["arguments"][0], 16) == 1 and len(found["getppid"]["arguments"]) == 6, found
+        w.signal(signal.SIGINT)
+        w.finish()
+    with Watch(options=["--syscalls"]) as w:
+        w.event("hit", count=60, timeout=60)
+        seen = {e["syscall"]["number"]: e["syscall"]["name"] for e in w.said if e["event"] == "hit"}
+        print(seen)
+        assert seen.items() >= {(number, name) for name, number in calls.items()} and len(seen) > 2, seen
+        w.signal(signal.SIGINT)
+        w.finish()
+    g.wait_alive()
+
+
+@scenario()
 def watch_finds_symbols_by_itself(g):
     """Without --system-map the tool reads the symbols from the guest's memory."""
     with Watch(HOT[0], system_map=False) as w:
@@ -323,6 +346,32 @@ def stop_deadline_is_an_option(g):
         expect("forced", data)
         assert 1.9 <= data["duration"] / 1e6 < 4.9, data
         cont(g)
+
+
+@scenario()
+def silent_tool(g):
+    """A tool that hangs with an event open is not for ever in the guest's way, even if nobody stops the guest."""
+    before = code(g)
+    with hook(g, *HOT) as w:
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="silence-timeout-ms", value=2000)
+        # One that answers may be hooked for as long as it likes
+        time.sleep(3)
+        assert info(g)["state"] == "hooked", info(g)
+
+        mark, told, begin = g.qmp.mark(), w.mark(), time.monotonic()
+        w.signal(signal.SIGSTOP)
+        data = g.qmp.event("KVMI_UNHOOKED", since=mark, timeout=20)["data"]
+        expect("forced", data)
+        assert data["action"] == "silence" and data["restored"] == len(HOT), data
+        assert time.monotonic() - begin > 1.9
+        g.wait_alive()
+        same_memory(before, code(g), "after a tool that hung")
+
+        w.signal(signal.SIGCONT)
+        w.event("closed", since=told, timeout=20)
+        w.event("planted", since=told, timeout=60)
+        w.event("hit", since=told, timeout=60)
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="silence-timeout-ms", value=PATIENT_MS)
 
 
 @scenario()
@@ -986,6 +1035,17 @@ def client_example(g):
     """The first tool of the examples: ten changes of the address space, then it goes by itself."""
     r = first_tool()
     assert r.returncode == 0 and r.stdout.count(b"CR3 0x") == 10, f"status {r.returncode}"
+    g.wait_alive()
+
+
+@scenario()
+def client_python(g):
+    """The same in Python. MOV to CR3 is 0f 22 d8...df: it has read the guest's code at RIP."""
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), PYTHONPATH=str(TOP / "lib/python"))
+    r = subprocess.run(["/usr/bin/python3", TOP / "examples/first-tool.py", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT, timeout=patience(60), env=env)
+    print(r.stdout.decode())
+    assert r.returncode == 0 and len(re.findall(rb"CR3 0x\w+ -> 0x\w+ by 0f22d[89a-f] at 0xf", r.stdout)) == 10, f"status {r.returncode}"
     g.wait_alive()
 
 

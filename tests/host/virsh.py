@@ -173,7 +173,7 @@ class Domain(Guest):
         arguments = ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-D", f"{self.dir}/trace.%d", "-msg", "timestamp=on"]
         if kvmi:
             arguments += ["-trace", "kvmi_*", "-trace", "stop_gate_*",
-                          "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", "kvmi,id=kvmi0,chardev=tool"]
+                          "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", f"kvmi,id=kvmi0,chardev=tool,silence-timeout-ms={inside.PATIENT_MS}"]
         return f"""<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{self.name}</name>
   <memory unit='MiB'>256</memory>

@@ -11,7 +11,9 @@
 
 /* The other side of the connection: what QEMU and KVM would say */
 
+#ifndef SIM_MEMORY
 #define SIM_MEMORY 0x10000
+#endif
 #define SIM_VCPUS 3
 
 struct sim {

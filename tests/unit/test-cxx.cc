@@ -14,6 +14,11 @@ int main()
 					    KVMI_ACTION_CONTINUE;
 	};
 	kvmi_hooks_free(kvmi_hooks_new(&callbacks, nullptr, &err));
+	kvmi_call *call = nullptr;
+	uint64_t gpa;
+	if (kvmi_vcpu_start_translate(vm, 0, 0, &gpa, &call, &err) == KVMI_OK)
+		kvmi_call_then(call, [](kvmi_vm *, const kvmi_error *,
+					void *) {}, nullptr);
 	kvmi_vm_close(vm);
 
 	return kvmi_vm_wait_event(vm, 0, &event, &err) != KVMI_ERR_ARGUMENT;

@@ -14,7 +14,8 @@ struct tool {
 	GMainLoop *loop;
 	struct kvmi_vm *vm;
 	struct kvmi_vm_event *held;
-	unsigned int events, ends, timeouts;
+	unsigned int events, ends, timeouts, told;
+	uint8_t data[16];
 };
 
 static gboolean on_event(struct kvmi_vm *vm, struct kvmi_vm_event *event,
@@ -49,11 +50,23 @@ static gboolean on_event(struct kvmi_vm *vm, struct kvmi_vm_event *event,
 	return G_SOURCE_CONTINUE;
 }
 
+static void on_read(struct kvmi_vm *vm, const struct kvmi_error *result,
+		    void *context)
+{
+	struct tool *tool = context;
+
+	g_assert_true(vm == tool->vm);
+	g_assert_cmpint(result->status, ==, KVMI_OK);
+	g_assert_cmphex(tool->data[3], ==, 0x99);
+	tool->told++;
+}
+
 static gboolean on_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
 		      gpointer context)
 {
 	static const uint16_t vcpus[] = { 0, 1, 2 };
 	struct tool *tool = context;
+	struct kvmi_call *call;
 	GSource *source;
 
 	g_assert_nonnull(listener);
@@ -63,6 +76,10 @@ static gboolean on_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
 	g_source_set_callback(source, G_SOURCE_FUNC(on_event), tool, NULL);
 	g_source_attach(source, NULL);
 	g_source_unref(source);
+	/* whose answer is here when the loop is about to sleep */
+	g_assert_cmpint(kvmi_vm_start_read_physical(vm, 0, tool->data, 16, &call,
+						    NULL), ==, KVMI_OK);
+	kvmi_call_then(call, on_read, tool);
 	/* their events are in the queue when this returns */
 	g_assert_cmpint(kvmi_vm_pause_vcpus(vm, vcpus, 3, true, NULL, NULL), ==,
 			KVMI_OK);
@@ -105,9 +122,11 @@ static void test_loop(void)
 	g_source_attach(source, NULL);
 	timer = g_timeout_add(10, on_timeout, &tool);
 	sim->script = serve;
+	sim->memory[3] = 0x99;
 	sim_connect(sim, path);
 	g_main_loop_run(tool.loop);
 	g_assert_cmpint(tool.events, ==, 3);
+	g_assert_cmpint(tool.told, ==, 1);
 	g_assert_cmpint(tool.ends, ==, 1);
 	/* a source that is always ready would have starved this one */
 	g_assert_true(g_source_is_destroyed(source));

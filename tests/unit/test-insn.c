@@ -23,9 +23,10 @@ static uint8_t *place(uint64_t gva, size_t size, bool write)
 {
 	if (no_memory)
 		return NULL;
-	if (gva >= STACK && gva + size <= STACK + sizeof(stack))
+	/* so that the end of all addresses is no trap */
+	if (gva - STACK <= sizeof(stack) - size)
 		return stack + (gva - STACK);
-	if (!write && gva >= DATA && gva + size <= DATA + sizeof(data))
+	if (!write && gva - DATA <= sizeof(data) - size)
 		return data + (gva - DATA);
 
 	return NULL;

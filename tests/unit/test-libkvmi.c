@@ -1556,6 +1556,225 @@ static void test_deaf(void)
  */
 
 /* vsock has a loopback where the module is there */
+/* ------------------------------------------------------------------------
+ * Commands whose answer is waited for later
+ */
+
+static void test_calls(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct kvmi_call *calls[8];
+	struct kvmi_registers state[3];
+	struct kvmi_vm_get_info_reply info;
+	uint8_t in[4][4096], out[16] = { 1, 2, 3 };
+	struct kvm_regs regs = { .rax = 0x1234 };
+	uint64_t gpa[2] = { 0 };
+	size_t size = 0;
+	unsigned int i;
+
+	/* ended in another order than started */
+	ok(kvmi_vm_start_write_physical(vm, 0x2ff0, out, sizeof(out), &calls[0],
+					err));
+	memset(out, 0, sizeof(out));
+	for (i = 0; i < 4; i++)
+		ok(kvmi_vm_start_read_physical(vm, 0x1000 * i, in[i], 4096,
+					       &calls[1 + i], err));
+	for (i = 4; i > 0; i--)
+		ok(kvmi_call_wait(calls[i], err));
+	ok(kvmi_call_wait(calls[0], err));
+	g_assert_cmpint(in[2][0xff2], ==, 3);
+	g_assert_cmpmem(in, sizeof(in), sim->memory, sizeof(in));
+
+	ok(kvmi_vcpu_start_set_registers(vm, 1, &regs, &calls[0], err));
+	for (i = 0; i < 3; i++)
+		ok(kvmi_vcpu_start_get_registers(vm, i, &state[i], &calls[1 + i],
+						 err));
+	ok(kvmi_vcpu_start_translate(vm, 0, 0x3123, &gpa[0], &calls[4], err));
+	ok(kvmi_vcpu_start_translate(vm, 0, 1ULL << 40, &gpa[1], &calls[5], err));
+	ok(kvmi_vcpu_start_control_events(vm, 2, KVMI_EV_CR, true, &calls[6],
+					  err));
+	ok(kvmi_vm_start_command(vm, KVMI_VM_GET_INFO, NULL, 0, &info,
+				 sizeof(info), &size, &calls[7], err));
+	for (i = 0; i < 5; i++)
+		ok(kvmi_call_wait(calls[i], err));
+	g_assert_cmphex(state[1].regs.rax, ==, 0x1234);
+	g_assert_cmphex(state[2].sregs.cr3, ==, 0x1002);
+	g_assert_cmphex(gpa[0], ==, 0x2123);
+	/* each fails as it would have without start_ */
+	fails(kvmi_call_wait(calls[5], err), KVMI_ERR_UNMAPPED);
+	g_assert_cmphex(gpa[1], ==, 0);
+	fails(kvmi_call_wait(calls[6], err), KVMI_ERR_NOT_STARTED);
+	ok(kvmi_call_wait(calls[7], err));
+	g_assert_cmpint(size, ==, sizeof(info));
+	g_assert_cmpint(info.vcpu_count, ==, SIM_VCPUS);
+
+	ok(kvmi_vm_start_read_physical(vm, SIM_MEMORY, in[0], 1, &calls[0], err));
+	fails(kvmi_call_wait(calls[0], err), KVMI_ERR_NOT_FOUND);
+
+	/* forgotten: nothing is written to any more */
+	memset(in[0], 0x55, 4096);
+	ok(kvmi_vm_start_read_physical(vm, 0, in[0], 4096, &calls[0], err));
+	kvmi_call_cancel(calls[0]);
+	ok(kvmi_vm_check_event(vm, 1, err));
+	g_assert_cmphex(in[0][0], ==, 0x55);
+
+	fails(kvmi_vm_start_read_physical(vm, 0xfff, in[0], 2, &calls[0], err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_start_read_physical(vm, 0, in[0], 0, &calls[0], err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_start_command(vm, KVMI_VCPU_EVENT, NULL, 0, NULL, 0, NULL,
+				    &calls[0], err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vm_start_command(vm, KVMI_VM_GET_INFO, NULL, 0, NULL, 1, NULL,
+				    &calls[0], err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_vcpu_start_translate(vm, 70000, 0, gpa, &calls[0], err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_call_wait(NULL, err), KVMI_ERR_ARGUMENT);
+	done(sim, vm);
+}
+
+struct told {
+	unsigned int count;
+	enum kvmi_status status;
+	unsigned int again;	/* start so many more */
+	uint8_t data[64];
+};
+
+static void on_told(struct kvmi_vm *vm, const struct kvmi_error *result,
+		    void *context)
+{
+	struct told *told = context;
+	struct kvmi_call *call;
+
+	told->count++;
+	told->status = result->status;
+	if (told->again) {
+		told->again--;
+		ok(kvmi_vm_start_read_physical(vm, 0, told->data, 64, &call, err));
+		kvmi_call_then(call, on_told, told);
+	}
+}
+
+/* As an event loop does it */
+static void dispatch_until(struct kvmi_vm *vm, unsigned int *count,
+			   unsigned int wanted)
+{
+	int64_t end = g_get_monotonic_time() + 10 * G_USEC_PER_SEC;
+
+	while (*count < wanted) {
+		struct pollfd fd = { kvmi_vm_fd(vm), kvmi_vm_poll_events(vm), 0 };
+
+		g_assert_cmpint(g_get_monotonic_time(), <, end);
+		poll(&fd, 1, kvmi_vm_next_timeout(vm));
+		kvmi_vm_process(vm, NULL);
+		kvmi_vm_dispatch(vm);
+	}
+}
+
+static void test_calls_then(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct told told = { .again = 9 };
+	struct kvmi_call *call;
+	unsigned int i;
+
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, -1);
+	g_assert_cmpint(kvmi_vm_dispatch(vm), ==, 0);
+	sim->memory[63] = 0x77;
+	ok(kvmi_vm_start_read_physical(vm, 0, told.data, 64, &call, err));
+	kvmi_call_then(call, on_told, &told);
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), >, 0);
+	dispatch_until(vm, &told.count, 10);
+	g_assert_cmpint(told.status, ==, KVMI_OK);
+	g_assert_cmphex(told.data[63], ==, 0x77);
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, -1);
+
+	/* The data comes with the function, and not before */
+	memset(told.data, 0, sizeof(told.data));
+	ok(kvmi_vm_start_read_physical(vm, 0, told.data, 64, &call, err));
+	ok(kvmi_vm_check_event(vm, 1, err));
+	g_assert_true(kvmi_call_is_done(call));
+	g_assert_cmphex(told.data[63], ==, 0);
+	kvmi_call_then(call, on_told, &told);
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, 0);
+	g_assert_cmpint(kvmi_vm_dispatch(vm), ==, 1);
+	g_assert_cmphex(told.data[63], ==, 0x77);
+
+	/* As many as there may be, and no more */
+	told = (struct told){ 0 };
+	for (i = 0; i < 2000; i++) {
+		struct kvmi_error err;
+		enum kvmi_status status = kvmi_vm_start_read_physical(
+			vm, 64 * (i % 8), told.data, 64, &call, &err);
+
+		if (status == KVMI_ERR_LIMIT)
+			break;
+		g_assert_cmpint(status, ==, KVMI_OK);
+		kvmi_call_then(call, on_told, &told);
+	}
+	g_assert_cmpint(i, ==, MAX_PENDING);
+	dispatch_until(vm, &told.count, MAX_PENDING);
+	g_assert_cmpint(told.count, ==, MAX_PENDING);
+	done(sim, vm);
+}
+
+/* Too late, cut off, closed: each is told so, once */
+static void test_calls_end(void)
+{
+	struct sim *sim = sim_new();
+	struct told told[4] = { 0 };
+	struct kvmi_vm *vm;
+	struct kvmi_call *call, *open;
+
+	sim->silent_id = KVMI_VCPU_GET_INFO;
+	vm = connect_vm(sim);
+	kvmi_vm_set_timeout(vm, 100, NULL);
+	ok(kvmi_vm_start_command(vm, KVMI_VCPU_GET_INFO, "\0\0\0\0\0\0\0", 8,
+				 told[0].data, 8, NULL, &call, err));
+	kvmi_call_then(call, on_told, &told[0]);
+	dispatch_until(vm, &told[0].count, 1);
+	g_assert_cmpint(told[0].status, ==, KVMI_ERR_TIMEOUT);
+	kvmi_vm_set_timeout(vm, 3000, NULL);
+	ok(kvmi_vm_check_event(vm, 1, err));
+
+	ok(kvmi_vm_start_command(vm, KVMI_VCPU_GET_INFO, "\0\0\0\0\0\0\0", 8,
+				 told[1].data, 8, NULL, &call, err));
+	kvmi_call_then(call, on_told, &told[1]);
+	ok(kvmi_vm_start_command(vm, KVMI_VCPU_GET_INFO, "\0\0\0\0\0\0\0", 8,
+				 told[1].data, 8, NULL, &open, err));
+	g_assert_false(kvmi_call_is_done(open));
+	shutdown(sim->fd, SHUT_RDWR);
+	dispatch_until(vm, &told[1].count, 1);
+	g_assert_cmpint(told[1].status, ==, KVMI_ERR_CLOSED);
+	g_assert_true(kvmi_call_is_done(open));
+	fails(kvmi_call_wait(open, err), KVMI_ERR_CLOSED);
+	fails(kvmi_vm_start_read_physical(vm, 0, told[2].data, 1, &call, err),
+	      KVMI_ERR_CLOSED);
+	done(sim, vm);
+	g_assert_cmpint(told[0].count + told[1].count, ==, 2);
+
+	sim = sim_new();
+	sim->silent_id = KVMI_VCPU_GET_INFO;
+	vm = connect_vm(sim);
+	ok(kvmi_vm_start_command(vm, KVMI_VCPU_GET_INFO, "\0\0\0\0\0\0\0", 8,
+				 told[3].data, 8, NULL, &call, err));
+	kvmi_call_then(call, on_told, &told[3]);
+	done(sim, vm);
+	g_assert_cmpint(told[3].count, ==, 1);
+	g_assert_cmpint(told[3].status, ==, KVMI_ERR_CLOSED);
+
+	/* an answer that is too short ends the connection */
+	sim = sim_new();
+	vm = connect_vm(sim);
+	sim->answer_size = 12;
+	ok(kvmi_vm_start_read_physical(vm, 0, told[2].data, 64, &call, err));
+	kvmi_call_then(call, on_told, &told[2]);
+	dispatch_until(vm, &told[2].count, 1);
+	g_assert_cmpint(told[2].status, ==, KVMI_ERR_PROTOCOL);
+	done(sim, vm);
+}
+
 static void test_vsock(void)
 {
 	struct sockaddr_vm address = {
@@ -1732,6 +1951,9 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/timeout", test_timeout);
 	g_test_add_func("/lib/limit", test_limit);
 	g_test_add_func("/lib/deaf", test_deaf);
+	g_test_add_func("/lib/calls/wait", test_calls);
+	g_test_add_func("/lib/calls/then", test_calls_then);
+	g_test_add_func("/lib/calls/end", test_calls_end);
 	g_test_add_func("/lib/vsock", test_vsock);
 	g_test_add_func("/lib/listener", test_listener);
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* One handle, many threads.  Also built with -fsanitize=thread. */
 
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -165,12 +166,58 @@ static void *peek(void *context)
 	return NULL;
 }
 
+/* Starts commands that whoever comes first is told of */
+static atomic_uint told;
+
+static void on_told(struct kvmi_vm *vm, const struct kvmi_error *result,
+		    void *context)
+{
+	uint8_t *data = context;
+
+	(void)vm;
+	g_assert_cmpint(result->status, ==, KVMI_OK);
+	g_assert_cmphex(data[0], ==, 0);
+	g_free(data);
+	atomic_fetch_add(&told, 1);
+}
+
+static void *start_calls(void *context)
+{
+	struct work *work = context;
+	uint8_t *mine = g_malloc(64);
+	struct kvmi_error err;
+	unsigned int i;
+
+	for (i = 0; i < ROUNDS; i++) {
+		uint8_t *theirs = g_malloc(64);
+		struct kvmi_call *call;
+
+		/* page 0 is nobody's */
+		theirs[0] = mine[0] = 1;
+		g_assert_cmpint(kvmi_vm_start_read_physical(work->vm, 0, theirs,
+							    64, &call, &err),
+				==, KVMI_OK);
+		kvmi_call_then(call, on_told, theirs);
+		g_assert_cmpint(kvmi_vm_start_read_physical(work->vm, 0, mine,
+							    64, &call, &err),
+				==, KVMI_OK);
+		kvmi_vm_dispatch(work->vm);
+		kvmi_vm_next_timeout(work->vm);
+		g_assert_cmpint(kvmi_call_wait(call, &err), ==, KVMI_OK);
+		g_assert_cmphex(mine[0], ==, 0);
+	}
+	g_free(mine);
+
+	return NULL;
+}
+
 static void test_all_at_once(void)
 {
 	struct sim *sim = g_new0(struct sim, 1);
 	struct kvmi_vm *vm = connect_vm(sim);
 	struct queue queue;
 	GThread *workers[WORKERS], *takers[2], *answerers[2], *peeker;
+	GThread *starters[2];
 	struct work work[WORKERS + 4];
 	struct kvmi_error err;
 	unsigned int i;
@@ -186,6 +233,8 @@ static void test_all_at_once(void)
 		answerers[i] = g_thread_new("answer", answer_events,
 					    &work[WORKERS + 2 + i]);
 	}
+	for (i = 0; i < 2; i++)
+		starters[i] = g_thread_new("start", start_calls, &work[i]);
 	peeker = g_thread_new("peek", peek, &work[0]);
 	for (i = 0; i < ROUNDS; i++) {
 		/* the same vCPU not before it has been answered */
@@ -197,6 +246,10 @@ static void test_all_at_once(void)
 	for (i = 0; i < WORKERS; i++)
 		g_thread_join(workers[i]);
 	g_thread_join(peeker);
+	for (i = 0; i < 2; i++)
+		g_thread_join(starters[i]);
+	kvmi_vm_dispatch(vm);
+	g_assert_cmpint(atomic_load(&told), ==, 2 * ROUNDS);
 	queue_push(&queue, NULL);
 	for (i = 0; i < 2; i++)
 		g_thread_join(answerers[i]);
@@ -287,12 +340,55 @@ static void test_poller_leaves(void)
 	g_free(sim);
 }
 
+/* An event loop does not take away what another thread waits for */
+struct looping {
+	struct kvmi_vm *vm;
+	atomic_bool end;
+};
+
+static void *loop(void *context)
+{
+	struct looping *looping = context;
+
+	while (!atomic_load(&looping->end)) {
+		struct pollfd fd = { kvmi_vm_fd(looping->vm),
+				     kvmi_vm_poll_events(looping->vm), 0 };
+
+		poll(&fd, 1, 10);
+		kvmi_vm_process(looping->vm, NULL);
+		kvmi_vm_dispatch(looping->vm);
+	}
+
+	return NULL;
+}
+
+static void test_beside_a_loop(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct looping looping = { .vm = connect_vm(sim) };
+	int64_t start = g_get_monotonic_time();
+	GThread *thread = g_thread_new("loop", loop, &looping);
+	unsigned int i;
+
+	for (i = 0; i < 2000; i++)
+		g_assert_cmpint(kvmi_vm_check_event(looping.vm, 1, NULL), ==,
+				KVMI_OK);
+	/* 20 s is the timeout: none has waited for it */
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 15 * G_USEC_PER_SEC);
+	atomic_store(&looping.end, true);
+	g_thread_join(thread);
+	kvmi_vm_close(looping.vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
 	g_test_add_func("/threads/all-at-once", test_all_at_once);
 	g_test_add_func("/threads/poller-leaves", test_poller_leaves);
 	g_test_add_func("/threads/not-held-up", test_not_held_up);
+	g_test_add_func("/threads/beside-a-loop", test_beside_a_loop);
 
 	return g_test_run();
 }

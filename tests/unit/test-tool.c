@@ -74,6 +74,8 @@ static void test_statuses(void)
 			==, 2);
 	g_assert_cmpint(run(NULL, "events", "-s", socket, "-a", "x=q", NULL),
 			==, 2);
+	g_assert_cmpint(run(NULL, "watch", "-s", socket, "--syscall", "a b",
+			    NULL), ==, 2);
 	g_assert_cmpint(run(NULL, "dump", "-s", socket, "-r", "1,2", "file",
 			    NULL), ==, 2);
 	/* a dump that did not come about leaves what was there */

@@ -1,5 +1,11 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Connections and listeners in a GLib main loop */
+/*
+ * Connections and listeners in a GLib main loop.
+ *
+ * THREADS.  Sources can be made by any thread; their functions are called in the
+ * thread that runs the main context that they are attached to.  Other threads may
+ * use vm meanwhile, as kvmi/kvmi.h says.
+ */
 #ifndef KVMI_GLIB_H
 #define KVMI_GLIB_H
 
@@ -24,7 +30,8 @@ typedef gboolean (*KvmiVmSourceFunc)(struct kvmi_vm *vm,
  * Waits for events of vm, which has been connected and must outlive the source.
  * Set the callback by g_source_set_callback(source, G_SOURCE_FUNC(function), ...).
  * Answers of other threads that the socket did not take at once are sent from
- * here, too, but see kvmi_vm_flush().
+ * here, too, but see kvmi_vm_flush().  The functions of kvmi_call_then() are called
+ * from here as well.
  */
 GSource *kvmi_vm_source_new(struct kvmi_vm *vm);
 

@@ -106,6 +106,10 @@ enum kvmi_status kvmi_hooks_remove(struct kvmi_hooks *hooks,
 /* In another boot of the VM, its memory has nothing of what was there */
 void kvmi_hooks_forget(struct kvmi_hooks *hooks);
 
+/*
+ * What was given to kvmi_hooks_add(); whether the breakpoint is in the guest's
+ * memory now; whether it was given up (see KVMI_HOOK_RETIRED)
+ */
 void *kvmi_hook_cookie(const struct kvmi_hook *hook);
 uint64_t kvmi_hook_gva(const struct kvmi_hook *hook);
 uint64_t kvmi_hook_gpa(const struct kvmi_hook *hook);
@@ -113,6 +117,7 @@ bool kvmi_hook_is_in(const struct kvmi_hook *hook);
 bool kvmi_hook_is_retired(const struct kvmi_hook *hook);
 /* What is, was and will be there; 0x00 before it has been planted */
 uint8_t kvmi_hook_original(const struct kvmi_hook *hook);
+/* The instruction that it is on, as a disassembler writes it; never NULL */
 const char *kvmi_hook_text(const struct kvmi_hook *hook);
 
 /*

@@ -423,8 +423,11 @@ struct kvmi_vm_event {
 /*
  * For event loops: poll kvmi_vm_fd() for kvmi_vm_poll_events() (POLLIN,
  * perhaps POLLOUT), call kvmi_vm_process(), then kvmi_vm_next_event() until
- * it returns NULL.  Any other function may put events into the queue as well,
- * so empty it before each poll().
+ * it returns NULL (and kvmi_vm_dispatch(), if there are calls).  Any other
+ * function may put events into the queue as well, so empty it before each
+ * poll().  If other threads call functions of the same vm, what they receive
+ * does not wake up the one in poll(): let it sleep for no longer than an event
+ * may wait, or in kvmi_vm_wait_event() instead.
  */
 int kvmi_vm_fd(const struct kvmi_vm *vm);
 short kvmi_vm_poll_events(const struct kvmi_vm *vm);
@@ -454,6 +457,7 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 				    struct kvmi_vm_event **event,
 				    struct kvmi_error *err);
 
+/* Does not answer it */
 void kvmi_vm_event_free(struct kvmi_vm_event *event);
 
 /*
@@ -496,6 +500,7 @@ enum kvmi_status kvmi_vm_check_command(struct kvmi_vm *vm, unsigned int id,
 enum kvmi_status kvmi_vm_check_event(struct kvmi_vm *vm, unsigned int id,
 				     struct kvmi_error *err);
 
+/* Of all that were created, started or not: they are 0...count - 1 */
 enum kvmi_status kvmi_vm_get_vcpu_count(struct kvmi_vm *vm, unsigned int *count,
 					struct kvmi_error *err);
 
@@ -765,6 +770,114 @@ enum kvmi_status kvmi_vcpu_read_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t gva, const void *data,
 					 size_t size, struct kvmi_error *err);
+
+/* ------------------------------------------------------------------------
+ * Commands whose answer is not waited for
+ *
+ * kvmi_vm_start_*() and kvmi_vcpu_start_*() send a command, without waiting,
+ * and hand out a call: what will become of it.  Many can be on their way (512,
+ * together with other commands; then KVMI_ERR_LIMIT), and those of different
+ * vCPUs are answered in any order.  Each call is ended once, by any thread, by
+ * one of
+ *   kvmi_call_wait()	waits for the answer
+ *   kvmi_call_then()	has a function called when it is there
+ *   kvmi_call_cancel()	forgets it; what was sent is carried out all the same
+ * before its vm is closed.  What an answer is to be put into must stay valid
+ * until then, and is written to by kvmi_call_wait(), or by kvmi_vm_dispatch()
+ * just before it calls the function, never behind the caller's back.
+ * If the connection ends, so do all calls, with its failure.
+ */
+
+struct kvmi_call;
+
+/*
+ * Within one page of 4096 bytes; nothing of data is used any more once writing has
+ * been started.
+ */
+enum kvmi_status kvmi_vm_start_read_physical(struct kvmi_vm *vm, uint64_t gpa,
+					     void *data, size_t size,
+					     struct kvmi_call **call,
+					     struct kvmi_error *err);
+enum kvmi_status kvmi_vm_start_write_physical(struct kvmi_vm *vm, uint64_t gpa,
+					      const void *data, size_t size,
+					      struct kvmi_call **call,
+					      struct kvmi_error *err);
+
+/* As the functions without start_ in their names; no MSRs */
+enum kvmi_status kvmi_vcpu_start_get_registers(struct kvmi_vm *vm,
+					       unsigned int vcpu,
+					       struct kvmi_registers *state,
+					       struct kvmi_call **call,
+					       struct kvmi_error *err);
+enum kvmi_status kvmi_vcpu_start_set_registers(struct kvmi_vm *vm,
+					       unsigned int vcpu,
+					       const struct kvm_regs *regs,
+					       struct kvmi_call **call,
+					       struct kvmi_error *err);
+enum kvmi_status kvmi_vcpu_start_translate(struct kvmi_vm *vm,
+					   unsigned int vcpu, uint64_t gva,
+					   uint64_t *gpa,
+					   struct kvmi_call **call,
+					   struct kvmi_error *err);
+enum kvmi_status kvmi_vcpu_start_control_events(struct kvmi_vm *vm,
+						unsigned int vcpu,
+						unsigned int id, bool enable,
+						struct kvmi_call **call,
+						struct kvmi_error *err);
+
+/*
+ * Any other command, a later KVM's too, in the form that linux/kvmi.h of the
+ * kernel gives it: body is what follows struct kvmi_msg_hdr, answer gets what
+ * follows struct kvmi_error_code: at most capacity bytes, and answer_size (may
+ * be NULL) says how many there were.  KVM ends the connection if body has not
+ * the size it should have.
+ */
+enum kvmi_status kvmi_vm_start_command(struct kvmi_vm *vm, unsigned int id,
+				       const void *body, size_t size,
+				       void *answer, size_t capacity,
+				       size_t *answer_size,
+				       struct kvmi_call **call,
+				       struct kvmi_error *err);
+
+/* The answer is there, or will never be: kvmi_call_wait() would not wait */
+bool kvmi_call_is_done(const struct kvmi_call *call);
+
+/*
+ * Waits for the answer, and frees the call whatever happens: returns what the
+ * function without start_ in its name would have returned.
+ */
+enum kvmi_status kvmi_call_wait(struct kvmi_call *call, struct kvmi_error *err);
+
+/* Frees the call */
+void kvmi_call_cancel(struct kvmi_call *call);
+
+/*
+ * result->status is KVMI_OK or the failure: KVMI_ERR_TIMEOUT if there is no answer
+ * within the handle's timeout after kvmi_call_then().  May call any function,
+ * kvmi_vm_start_*() as well, but kvmi_vm_close().
+ */
+typedef void (*kvmi_done)(struct kvmi_vm *vm, const struct kvmi_error *result,
+			  void *context);
+
+/*
+ * done() will be called once, by kvmi_vm_dispatch(), or at last by
+ * kvmi_vm_close().  The call is the library's from now on.
+ */
+void kvmi_call_then(struct kvmi_call *call, kvmi_done done, void *context);
+
+/*
+ * Calls the functions of all calls that have come to an end, in the caller's
+ * thread; neither receives nor waits, so kvmi_vm_process() comes before it.
+ * Returns how many it has called.  As any other function may receive answers,
+ * it is to be called before each poll(), too.
+ */
+unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm);
+
+/*
+ * For poll(): in how many ms kvmi_vm_dispatch() is to be called at the latest,
+ * whether something comes or not; -1: there is nothing to wait for.
+ */
+int kvmi_vm_next_timeout(const struct kvmi_vm *vm);
 
 /* ------------------------------------------------------------------------
  * The guest's page tables

@@ -1244,6 +1244,48 @@ static void test_object_slow(void)
     teardown();
 }
 
+/* A tool that keeps the guest waiting and says nothing */
+static void test_object_silence(void)
+{
+    Object *obj;
+    int64_t later;
+    int fd;
+
+    setup();
+    fake_kvm.has_status = true;
+    obj = add_object("k", &error_abort, "chardev", "chr",
+                     "silence-timeout-ms", "50", NULL);
+    fd = tool_connect();
+
+    /* This is soon enough */
+    fake_kvm.status.silence = 49;
+    later = g_get_monotonic_time() + 200000;
+    until(g_get_monotonic_time() > later);
+    g_assert_cmpint(state(), ==, KVMI_STATE_HOOKED);
+
+    fake_kvm.status.silence = 50;
+    until(state() != KVMI_STATE_HOOKED);
+    check_unhook(KVMI_ACTION_SILENCE, KVMI_OUTCOME_FORCED);
+    until(tool_sees_eof(fd));
+    close(fd);
+
+    /* As long as it likes; and the limit may change meanwhile */
+    object_property_set_uint(obj, "silence-timeout-ms", 0, &error_abort);
+    fd = tool_connect();
+    later = g_get_monotonic_time() + 200000;
+    until(g_get_monotonic_time() > later);
+    g_assert_cmpint(state(), ==, KVMI_STATE_HOOKED);
+    object_property_set_uint(obj, "silence-timeout-ms", 40, &error_abort);
+    until(state() != KVMI_STATE_HOOKED);
+    check_unhook(KVMI_ACTION_SILENCE, KVMI_OUTCOME_FORCED);
+    close(fd);
+
+    fake_kvm.has_status = false;
+    fake_kvm.status.silence = 0;
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_cut(void)
 {
     TestWaiter w = new_waiter();
@@ -1830,6 +1872,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/session", test_object_session);
     g_test_add_func("/kvmi/object/allowed", test_object_allowed);
     g_test_add_func("/kvmi/object/slow", test_object_slow);
+    g_test_add_func("/kvmi/object/silence", test_object_silence);
     g_test_add_func("/kvmi/object/cut", test_object_cut);
     g_test_add_func("/kvmi/object/cuts", test_object_cuts);
     g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);

@@ -125,6 +125,7 @@ struct kvm_introspection {
 	u32 end;		/* written by who ends it */
 	atomic64_t nr_events;	/* the lower half is the last one's seq */
 	u64 nr_commands;	/* recv_lock */
+	unsigned long heard;	/* recv_lock; when the tool spoke (jiffies) */
 	unsigned long stalled;	/* send_lock; since when (jiffies), or 0 */
 
 	/* Bits are set and read with atomic operations, by anybody */
@@ -158,6 +159,7 @@ struct kvmi_event {
 	bool answered;		/* the reply is in the queue */
 	u16 id;
 	u32 seq;
+	unsigned long since;	/* jiffies; when it was sent */
 	unsigned long ip;	/* linear; where the vCPU was */
 
 	size_t data_size;
@@ -229,6 +231,7 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 			  const struct kvmi_msg_hdr *hdr, const void *body);
 int kvmi_vcpu_pause(struct kvm_vcpu *vcpu, bool wait);
 void kvmi_vcpu_drop_queue(struct kvm_vcpu *vcpu);
+unsigned long kvmi_vcpu_waiting(struct kvm_vcpu *vcpu);
 void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv);
 bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu);
 bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,

@@ -346,6 +346,23 @@ static int kvmi_preunhook(struct kvm_introspection *kvmi)
 	return err;
 }
 
+/*
+ * For how long (in ms) a vCPU has waited for a tool that says nothing.  One
+ * that keeps it waiting while it sends commands is at work.
+ */
+static unsigned int kvmi_silence(struct kvm_introspection *kvmi)
+{
+	unsigned long heard = READ_ONCE(kvmi->heard);
+	unsigned long waiting = 0;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	kvm_for_each_vcpu(i, vcpu, kvmi->kvm)
+		waiting = max(waiting, kvmi_vcpu_waiting(vcpu));
+
+	return jiffies_to_msecs(min(waiting, jiffies - heard));
+}
+
 static int kvmi_status(struct kvm *kvm, void __user *argp)
 {
 	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
@@ -359,6 +376,8 @@ static int kvmi_status(struct kvm *kvm, void __user *argp)
 		status.restored = READ_ONCE(kvmi->journal.restored);
 		status.events = atomic64_read(&kvmi->nr_events);
 		status.commands = READ_ONCE(kvmi->nr_commands);
+		if (status.hooked)
+			status.silence = kvmi_silence(kvmi);
 		mutex_unlock(&kvmi->lock);
 	}
 

@@ -342,6 +342,7 @@ static int kvmi_read(struct kvm_introspection *kvmi)
 
 	WRITE_ONCE(kvmi->nr_commands,
 		   kvmi->nr_commands + (hdr->id != KVMI_VCPU_EVENT));
+	WRITE_ONCE(kvmi->heard, jiffies);
 	trace_kvmi_command(kvmi->kvm, hdr->id, hdr->seq, hdr->size);
 	err = kvmi_dispatch(kvmi);
 

@@ -257,6 +257,25 @@ out_unlock:
 	kvmi_free_jobs(&drop);
 }
 
+/* For how long (in jiffies) it has waited for the tool's answer */
+unsigned long kvmi_vcpu_waiting(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv;
+	unsigned long waiting = 0;
+
+	/* Pairs with kvmi_vcpu_get() */
+	kv = smp_load_acquire(&vcpu->kvmi);
+	if (!kv)
+		return 0;
+
+	spin_lock(&kv->lock);
+	if (kv->ev.open && kv->ev.sent && !kv->ev.answered)
+		waiting = jiffies - kv->ev.since;
+	spin_unlock(&kv->lock);
+
+	return waiting;
+}
+
 /* The vCPU is going away, and its thread is gone */
 void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv)
 {
@@ -567,6 +586,7 @@ static void kvmi_event_prepare(struct kvm_vcpu *vcpu)
 	/* From here on the reply may come */
 	spin_lock(&kv->lock);
 	kv->ev.seq = seq;
+	kv->ev.since = jiffies;
 	kv->ev.sent = true;
 	spin_unlock(&kv->lock);
 

@@ -57,6 +57,7 @@ OBJECT_DECLARE_SIMPLE_TYPE(KVMIObject, KVMI)
 
 #define HANDSHAKE_TIMEOUT_MS 10000
 #define UNHOOK_TIMEOUT_MS 5000
+#define SILENCE_TIMEOUT_MS 30000
 
 struct KVMIObject {
     Object parent;
@@ -66,6 +67,7 @@ struct KVMIObject {
     char *key;
     uint32_t handshake_timeout_ms;
     uint32_t unhook_timeout_ms;
+    uint32_t silence_timeout_ms;    /* 0: none */
     KvmiAllowed commands;
     KvmiAllowed events;
     bool migrate_start_time;
@@ -92,6 +94,7 @@ struct KVMIObject {
     KvmiState state;
     int64_t since_us;
     QEMUTimer *deadline;        /* of the handshake or of the tool's leaving */
+    QEMUTimer *silence;         /* while hooked: does the tool hang? */
     QEMUBH *bh;
 
     StopGuard guard;
@@ -136,6 +139,17 @@ static const KvmiAction kvmi_actions[STOP_ACTION__MAX] = {
     [STOP_ACTION_OTHER] = KVMI_ACTION_OTHER,
 };
 
+/* It may hang silence_timeout_ms from now at the earliest */
+static void kvmi_watch_silence(KVMIObject *s, uint64_t silence_ms)
+{
+    if (s->state == KVMI_STATE_HOOKED && s->silence_timeout_ms) {
+        timer_mod(s->silence, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                              s->silence_timeout_ms - silence_ms);
+    } else {
+        timer_del(s->silence);
+    }
+}
+
 /* The one place where the state changes */
 static void kvmi_change_state(KVMIObject *s, KvmiState state)
 {
@@ -146,6 +160,7 @@ static void kvmi_change_state(KVMIObject *s, KvmiState state)
         s->since_us = g_get_real_time();
     }
     trace_kvmi_state(s->id, KvmiState_str(state));
+    kvmi_watch_silence(s, 0);
 }
 
 static void kvmi_tell_unhooked(KVMIObject *s)
@@ -691,6 +706,26 @@ static void kvmi_deadline(void *opaque)
     }
 }
 
+/*
+ * A tool that hangs with an event open keeps a vCPU from running.  The guest
+ * must not need somebody who stops it to be rid of that.
+ */
+static void kvmi_check_silence(void *opaque)
+{
+    KVMIObject *s = opaque;
+    struct kvm_introspection_status status = { };
+
+    kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status);
+    if (status.silence < s->silence_timeout_ms) {
+        kvmi_watch_silence(s, status.silence);
+        return;
+    }
+    warn_report("kvmi: the tool has kept the guest waiting for %" PRIu64
+                " ms without a word (silence-timeout-ms): cut off",
+                (uint64_t)status.silence);
+    kvmi_cut_off(s, KVMI_ACTION_SILENCE);
+}
+
 static void kvmi_finish_deletion(KVMIObject *s)
 {
     if (s != the_kvmi) {
@@ -908,6 +943,7 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->since_us = g_get_real_time();
     s->start_time = s->since_us / G_USEC_PER_SEC;
     s->deadline = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_deadline, s);
+    s->silence = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_check_silence, s);
     /* Not in qemu_get_aio_context(): it can wait until the guest has stopped */
     s->bh = aio_bh_new(iohandler_get_aio_context(), kvmi_bh, s);
     s->guard.announce = kvmi_announce;
@@ -972,6 +1008,7 @@ static void kvmi_init(Object *obj)
     s->state = KVMI_STATE_UNHOOKED;
     s->handshake_timeout_ms = HANDSHAKE_TIMEOUT_MS;
     s->unhook_timeout_ms = UNHOOK_TIMEOUT_MS;
+    s->silence_timeout_ms = SILENCE_TIMEOUT_MS;
     s->commands.all = true;
     s->events.all = true;
 }
@@ -987,6 +1024,7 @@ static void kvmi_finalize(Object *obj)
         qemu_del_vm_change_state_handler(s->vmstate);
         stop_gate_remove(&s->guard);
         qemu_bh_delete(s->bh);
+        timer_free(s->silence);
         timer_free(s->deadline);
     }
     g_free(s->chardev);
@@ -1047,6 +1085,7 @@ static void kvmi_get_ms(Object *obj, Visitor *v, const char *name,
 static void kvmi_set_ms(Object *obj, Visitor *v, const char *name,
                         void *opaque, Error **errp)
 {
+    KVMIObject *s = KVMI(obj);
     uint32_t value;
 
     if (!visit_type_uint32(v, name, &value, errp)) {
@@ -1054,6 +1093,9 @@ static void kvmi_set_ms(Object *obj, Visitor *v, const char *name,
     }
     WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
         *(uint32_t *)((char *)obj + (uintptr_t)opaque) = value;
+    }
+    if (s->complete) {
+        kvmi_watch_silence(s, 0);
     }
 }
 
@@ -1149,6 +1191,11 @@ static void kvmi_class_init(ObjectClass *oc, void *data)
         (void *)offsetof(KVMIObject, unhook_timeout_ms));
     object_class_property_set_description(oc, "unhook-timeout-ms",
         "how long a tool may take to leave the guest before it stops");
+    object_class_property_add(oc, "silence-timeout-ms", "uint32",
+        kvmi_get_ms, kvmi_set_ms, NULL,
+        (void *)offsetof(KVMIObject, silence_timeout_ms));
+    object_class_property_set_description(oc, "silence-timeout-ms",
+        "how long a tool may keep the guest waiting without a word");
     object_class_property_add(oc, "commands", "strList",
         kvmi_get_allowed, kvmi_set_allowed, NULL, (void *)KVMI_COMMANDS);
     object_class_property_set_description(oc, "commands",
@@ -1322,6 +1369,7 @@ KvmiInfo *qmp_query_kvmi(Error **errp)
     info->events = kvmi_allowed_names(&s->events, KVMI_EVENTS);
     info->handshake_timeout_ms = s->handshake_timeout_ms;
     info->unhook_timeout_ms = s->unhook_timeout_ms;
+    info->silence_timeout_ms = s->silence_timeout_ms;
     info->sessions = s->sessions;
     info->unhooks = g_new0(KvmiUnhookCounts, 1);
     info->unhooks->clean = s->unhooks[KVMI_OUTCOME_CLEAN];

@@ -1736,6 +1736,52 @@ static void assert_status(struct kvm_vm *vm, u32 hooked, u32 reason, u64 events,
 	TEST_ASSERT_EQ(status.commands, commands);
 }
 
+static u64 get_silence(struct kvm_vm *vm)
+{
+	return get_status(vm).silence;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, status_silence, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	struct event ev;
+
+	TEST_ASSERT_EQ(get_silence(vm), 0);
+	hook(vm);
+	start(&r, vcpu);
+	/* Nobody waits for it, so it may be as silent as it likes */
+	usleep(100000);
+	TEST_ASSERT_EQ(get_silence(vm), 0);
+
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	usleep(300000);
+	TEST_ASSERT(get_silence(vm) >= 200 && get_silence(vm) < 30000,
+		    "silence %llu ms", (unsigned long long)get_silence(vm));
+
+	/* It is at work */
+	usleep(1000000);
+	assert_err(get_version(), 0);
+	TEST_ASSERT(get_silence(vm) < 900, "silence %llu ms",
+		    (unsigned long long)get_silence(vm));
+	reply_continue(&ev);
+	wait_for(!get_silence(vm));
+	usleep(100000);
+	TEST_ASSERT_EQ(get_silence(vm), 0);
+
+	/* And the next one begins from nothing, although it was silent */
+	usleep(1000000);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	TEST_ASSERT(get_silence(vm) < 900, "silence %llu ms",
+		    (unsigned long long)get_silence(vm));
+	usleep(100000);
+	unhook(vm);
+	TEST_ASSERT_EQ(get_silence(vm), 0);
+	stop_guest(&r);
+}
+
 KVM_ONE_VCPU_TEST(kvmi, status, guest_count)
 {
 	struct kvmi_msg_hdr bad = { .size = KVMI_MAX_MSG_SIZE + 1 };
