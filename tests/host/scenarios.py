@@ -20,7 +20,6 @@ from pathlib import Path
 from inside import (BUILD, CHECK_COMMAND, DIR, EPERM, GET_REGISTERS, GET_VERSION, HMP, HOT, PATIENT_MS, QMP, READ_PHYSICAL,
                     SOCKET, VM_GET_INFO, WRITE_PHYSICAL, Guest, Late, QMPError, RawTool, Tool, Watch, json_lines, kvmi, patience, symbols, wait_until)
 
-TOP = Path(__file__).resolve().parents[2]
 SCENARIOS = {}
 
 
@@ -1041,8 +1040,9 @@ def client_example(g):
 @scenario()
 def client_python(g):
     """The same in Python. MOV to CR3 is 0f 22 d8...df: it has read the guest's code at RIP."""
-    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), PYTHONPATH=str(TOP / "lib/python"))
-    r = subprocess.run(["/usr/bin/python3", TOP / "examples/first-tool.py", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    top = Path(__file__).resolve().parents[2]
+    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), PYTHONPATH=str(top / "lib/python"))
+    r = subprocess.run(["/usr/bin/python3", top / "examples/first-tool.py", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                        stderr=subprocess.STDOUT, timeout=patience(60), env=env)
     print(r.stdout.decode())
     assert r.returncode == 0 and len(re.findall(rb"CR3 0x\w+ -> 0x\w+ by 0f22d[89a-f] at 0xf", r.stdout)) == 10, f"status {r.returncode}"
