@@ -9,7 +9,7 @@ pytestmark = pytest.mark.amd
 
 
 # What is run without being asked for: the others take long
-USUAL = ("libvirt_suspend_resume", "libvirt_snapshot_internal", "libvirt_reset", "libvirt_enable_apparmor", "libvirt_capabilities")
+USUAL = ("libvirt_suspend_resume", "libvirt_enable_apparmor", "libvirt_capabilities")
 
 
 @pytest.fixture(scope="module", autouse=True)

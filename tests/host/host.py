@@ -7,6 +7,7 @@
 The AMD host sees the root of this machine (read-only, with a scratch overlay), so a command is any program here.
 The Intel host has nothing but busybox and the files named on the command line, which must be static binaries.
 """
+import contextlib
 import os
 import re
 import select
@@ -296,7 +297,10 @@ mouse: enabled=0
                 raise self.error(late)
             data = self.read(left)
             if data is None:
-                raise self.error("the emulator ended by itself")
+                # Its pipe is closed a moment before it can be waited for
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(10)
+                raise self.error(f"the emulator ended by itself, status {self.process.poll()}")
             self.buffer += data
 
     def read(self, left):
