@@ -15,7 +15,7 @@ def fuzz(seed, seconds, options=(), timeout=150, kernel=None):
     for attempt in range(3):
         output = bytearray()
         try:
-            with host.Host("amd", kernel=kernel) as h:
+            with host.Host("amd", kernel=kernel, threads="multi") as h:
                 h.start()
                 status = h.run([host.need(FUZZER, "build first"), str(seed + 100 * attempt), str(seconds), *options], timeout, output.extend)
                 trouble = h.trouble()

@@ -109,12 +109,15 @@ def die_with_parent():
 
 class Host:
     def __init__(self, vendor, modules="kvmi", modules_dir=None, kernel=None, cpus=None, out=None, files=(), kvm_args="introspection=1",
-                 icount=False, entries=(), memory=512):
+                 icount=False, entries=(), memory=512, threads="single"):
         if vendor not in ("amd", "intel"):
             raise HostError(f"unknown host '{vendor}': amd or intel")
         self.vendor = vendor
         self.cpus = cpus or (2 if vendor == "amd" else 1)
         self.icount = icount        # AMD: the clock counts instructions (2 ns each), for measurements
+        # AMD: TCG's threads. With "multi" the CPUs run in parallel, but code that one writes while another translates it may
+        # be executed as it was before, for good: breakpoints are not hit, or hit when they are gone, and a guest can die of it.
+        self.threads = "single" if icount else os.environ.get("KVMI_TCG", threads)
         self.kernel = Path(kernel or BUILD / "linux/vmlinuz").resolve()
         self.stock = BUILD / "linux/stock"
         # A kernel of one's own comes with everything built in, unless there is a folder of modules for it too.
@@ -195,8 +198,7 @@ class Host:
                                    f"export KVMI_BUILD={shlex.quote(str(BUILD))}\n")
         fs = "local,security_model=none,path="
         clock = ["-icount", "shift=1,sleep=off"] if self.icount else []
-        threads = "single" if self.icount else os.environ.get("KVMI_TCG", "multi")
-        self.spawn([qemu, *clock, "-accel", f"tcg,thread={threads}", "-cpu", "max", "-smp", str(self.cpus), "-m", "4096",
+        self.spawn([qemu, *clock, "-accel", f"tcg,thread={self.threads}", "-cpu", "max", "-smp", str(self.cpus), "-m", "4096",
                     "-nodefaults", "-display", "none", "-no-reboot", "-kernel", self.kernel, "-initrd", initrd,
                     "-append", "console=ttyS0 " + self.cmdline(),
                     "-serial", f"file:{self.console}", "-serial", "stdio",

@@ -53,7 +53,7 @@ def run(vendor):
     status = None
     try:
         test = host.need(BINARY, "build the selftest first")
-        with host.Host(vendor, files=[test]) as h:
+        with host.Host(vendor, files=[test], threads="multi") as h:
             h.start()
             status = h.run(["sh", "-c", SCRIPT.format(test=shlex.quote(str(test)), vendor=vendor)], TIMEOUT[vendor], output.extend)
             trouble = h.trouble()
@@ -73,7 +73,7 @@ def run_debug():
         test = host.need(BINARY, "build the selftest first")
         kernel = host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")
         for kvm_args, argv in (("introspection=1", [test]), ("introspection=0", [test, "-f", "kvmi_off"])):
-            with host.Host("amd", kernel=kernel, kvm_args=kvm_args) as h:
+            with host.Host("amd", kernel=kernel, kvm_args=kvm_args, threads="multi") as h:
                 h.start(300)
                 statuses.append(h.run(argv, TIMEOUT["debug"], output.extend))
                 trouble += h.trouble()
