@@ -23,7 +23,7 @@ def matrix():
         path.write_text(HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows))
 
 
-LONG = ("gate_kvmi_unhook", "gate_migrate_stock", "gate_suspend_with_hung_tool")
+LONG = ("gate_migrate_stock", "gate_suspend_with_hung_tool")
 
 
 @pytest.mark.amd
