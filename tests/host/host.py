@@ -116,7 +116,8 @@ class Host:
         self.cpus = cpus or (2 if vendor == "amd" else 1)
         self.icount = icount        # AMD: the clock counts instructions (2 ns each), for measurements
         # AMD: TCG's threads. With "multi" the CPUs run in parallel, but code that one writes while another translates it may
-        # be executed as it was before, for good: breakpoints are not hit, or hit when they are gone, and a guest can die of it.
+        # be executed as it was before, for good: breakpoints are not hit, or hit when they are gone. Guests have died there, too, with
+        # the registers of their host, for a reason that is not known; with "single" none has.
         self.threads = "single" if icount else os.environ.get("KVMI_TCG", threads)
         self.kernel = Path(kernel or BUILD / "linux/vmlinuz").resolve()
         self.stock = BUILD / "linux/stock"
