@@ -111,6 +111,7 @@ void kvmi_set_has_singlestep(bool has);
 bool __kvmi_step_begin(struct kvm_vcpu *vcpu);
 void __kvmi_step_done(struct kvm_vcpu *vcpu);
 void __kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip);
+void __kvmi_regs_set(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
 bool __kvmi_step_owned(struct kvm_vcpu *vcpu);
 bool __kvmi_step_holds_interrupts(struct kvm_vcpu *vcpu);
 bool __kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu);
@@ -134,6 +135,14 @@ static inline void kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip)
 {
 	if (unlikely(vcpu->kvmi))
 		__kvmi_step_moved(vcpu, ip);
+}
+
+/* Called before userspace sets them */
+static inline void kvmi_regs_set(struct kvm_vcpu *vcpu,
+				 const struct kvm_regs *regs)
+{
+	if (unlikely(vcpu->kvmi))
+		__kvmi_regs_set(vcpu, regs);
 }
 
 static inline bool kvmi_step_owned(struct kvm_vcpu *vcpu)
@@ -282,6 +291,11 @@ static inline void kvmi_step_done(struct kvm_vcpu *vcpu)
 }
 
 static inline void kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip)
+{
+}
+
+static inline void kvmi_regs_set(struct kvm_vcpu *vcpu,
+				 const struct kvm_regs *regs)
 {
 }
 

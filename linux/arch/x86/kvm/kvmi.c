@@ -134,6 +134,17 @@ void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
 	kvm_make_request(KVM_REQ_EVENT, vcpu);
 }
 
+/* Many a VMM sets after each pause what it has got: that is no move */
+void __kvmi_regs_set(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
+{
+	struct kvm_regs old;
+
+	kvmi_get_regs(vcpu, &old);
+	if (memcmp(&old, regs, sizeof(old)))
+		vcpu->kvmi->ev.moved = true;
+	__kvmi_step_moved(vcpu, regs->rip);
+}
+
 bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;

@@ -148,7 +148,7 @@ void __kvmi_step_done(struct kvm_vcpu *vcpu)
 }
 EXPORT_SYMBOL_GPL(__kvmi_step_done);
 
-/* Not the guest, but userspace or a reset sets RIP */
+/* Not the guest, but userspace or a reset is about to set RIP */
 void __kvmi_step_moved(struct kvm_vcpu *vcpu, unsigned long ip)
 {
 	if (ip != kvm_rip_read(vcpu))

@@ -161,6 +161,7 @@ struct kvmi_event {
 	u32 seq;
 	unsigned long since;	/* jiffies; when it was sent */
 	unsigned long ip;	/* linear; where the vCPU was */
+	bool moved;		/* userspace has set other registers */
 
 	size_t data_size;
 	u64 data[KVMI_MAX_EVENT_DATA / sizeof(u64)];	/* as it is sent */

@@ -446,6 +446,17 @@ bool kvmi_vcpu_command_known(u16 id)
 }
 
 /*
+ * Has userspace moved the vCPU while the event was open?  The tool speaks of
+ * another state then, such as the one before a snapshot was loaded.
+ */
+static bool kvmi_event_moot(struct kvm_vcpu *vcpu)
+{
+	struct kvmi_event *ev = &vcpu->kvmi->ev;
+
+	return ev->open && (ev->moved || kvmi_arch_linear_ip(vcpu) != ev->ip);
+}
+
+/*
  * Lets go of the open event.  rpl is NULL if the tool has gone without an
  * answer: what the vCPU wanted to do then goes the way it goes without a tool.
  * Returns 0 if the vCPU must leave to userspace, 1 if it goes on.
@@ -455,12 +466,9 @@ static int kvmi_event_close(struct kvm_vcpu *vcpu,
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 	struct kvmi_event ev = kv->ev;
-	bool moved;
+	bool moot = kvmi_event_moot(vcpu);
 
-	/* Userspace may have moved the vCPU while the event was open */
-	moved = kvmi_arch_linear_ip(vcpu) != ev.ip;
-
-	if (rpl && kv->regs_pending)
+	if (rpl && kv->regs_pending && !moot)
 		kvmi_arch_set_regs(vcpu, &kv->regs);
 	kv->regs_pending = false;
 
@@ -471,6 +479,9 @@ static int kvmi_event_close(struct kvm_vcpu *vcpu,
 
 	trace_kvmi_event_done(vcpu, ev.id, ev.seq, rpl ? rpl->action : -1);
 
+	if (moot)
+		return 1;
+
 	if (rpl && rpl->action == KVMI_EVENT_ACTION_CRASH) {
 		vcpu->run->exit_reason = KVM_EXIT_SYSTEM_EVENT;
 		vcpu->run->system_event.type = KVM_SYSTEM_EVENT_CRASH;
@@ -478,10 +489,27 @@ static int kvmi_event_close(struct kvm_vcpu *vcpu,
 		return 0;
 	}
 
-	if (moved || (rpl && rpl->action == KVMI_EVENT_ACTION_RETRY))
+	if (rpl && rpl->action == KVMI_EVENT_ACTION_RETRY)
 		return 1;
 
 	return kvmi_arch_event_done(vcpu, &ev, rpl ? rpl + 1 : NULL);
+}
+
+/* Takes what the tool has said last of the event out of the queue */
+static void kvmi_take_answer(struct kvm_vcpu_introspection *kv,
+			     struct list_head *taken)
+{
+	struct kvmi_job *job, *next;
+
+	lockdep_assert_held(&kv->lock);
+
+	list_for_each_entry_safe(job, next, &kv->jobs, link) {
+		list_move_tail(&job->link, taken);
+		kv->nr_jobs--;
+		if (job->hdr.id == KVMI_VCPU_EVENT)
+			break;
+	}
+	kv->ev.answered = false;
 }
 
 /* Puts away what belongs to a session that has ended */
@@ -491,16 +519,20 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 	int session = atomic_read_acquire(&kvmi->session);
 	bool answered;
+	LIST_HEAD(drop);
 
 	if (kv->session == session)
 		return 1;
 
 	/* Its last word is in the queue already, or it comes too late */
 	spin_lock(&kv->lock);
+	if (kv->ev.answered && kvmi_event_moot(vcpu))
+		kvmi_take_answer(kv, &drop);
 	answered = kv->ev.answered;
 	if (!answered)
 		kv->ev.sent = false;
 	spin_unlock(&kv->lock);
+	kvmi_free_jobs(&drop);
 	if (answered)
 		return 1;
 
@@ -544,6 +576,7 @@ bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
 		return false;
 
 	kv->ev.ip = kvmi_arch_linear_ip(vcpu);
+	kv->ev.moved = false;
 	kv->ev.data_size = size;
 	memcpy(kv->ev.data, data, size);
 

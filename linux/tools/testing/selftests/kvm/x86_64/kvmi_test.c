@@ -4147,6 +4147,81 @@ KVM_ONE_VCPU_TEST(kvmi, signal_moved_breakpoint, guest_break_once)
 	unhook(vm);
 }
 
+/*
+ * The tool has set registers and replied, but userspace sets others before the
+ * vCPU has seen that: as it does when it loads a snapshot, whose state the tool
+ * knows nothing of.  Returns the number of the command that was sent.
+ */
+static u32 start_to_late_registers(struct runner *r, struct kvm_vcpu *vcpu)
+{
+	struct kvm_regs regs;
+	struct event ev;
+	u32 seq;
+
+	start_to_bp(r, vcpu, &ev);
+	interrupt(r);
+	regs = ev.common.arch.regs;
+	regs.rip++;
+	regs.rax = 0x1111;
+	regs.rbx = 0x1111;
+	seq = send_vcpu_msg(KVMI_VCPU_SET_REGISTERS, 0, &regs, sizeof(regs));
+	reply_retry(&ev);
+	assert_err(get_version(), 0);
+	/* Not even RIP need differ */
+	vcpu_regs_get(vcpu, &regs);
+	regs.rbx = 0x2222;
+	vcpu_regs_set(vcpu, &regs);
+	return seq;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, signal_late_registers, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+	u32 seq;
+
+	seq = start_to_late_registers(&r, vcpu);
+	start(&r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_SET_REGISTERS, seq, NULL, 0), 0);
+	/* The breakpoint is met again, as from where userspace has put it */
+	get_event(&ev, KVMI_VCPU_EVENT_BREAKPOINT, 0);
+	TEST_ASSERT_EQ(ev.common.arch.regs.rbx, 0x2222);
+	reply_continue(&ev);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, result), 1);
+	TEST_ASSERT_EQ(guest_read(vm, counter), 0x2222);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* The same with the session's end: its commands don't come late, either */
+KVM_ONE_VCPU_TEST(kvmi, signal_late_registers_abandoned, guest_break_rax)
+{
+	struct kvmi_vcpu_control_events req = {
+		.event_id = KVMI_VCPU_EVENT_BREAKPOINT,
+		.enable = 1,
+	};
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+
+	start_to_late_registers(&r, vcpu);
+	unhook(vm);
+	hook(vm);
+	start(&r, vcpu);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, result), 1);
+	TEST_ASSERT_EQ(guest_read(vm, counter), 0x2222);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	/* The new session gets its answers, and no others */
+	assert_err(vcpu_command(KVMI_VCPU_CONTROL_EVENTS, 0, &req), 0);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
 /* In the middle of sending: nothing is lost, doubled or torn */
 KVM_ONE_VCPU_TEST(kvmi, signal_sending, guest_count)
 {
