@@ -18,6 +18,8 @@ ORDER = ("unit", "amd", "intel", "debug")
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.option.keyword:
+        AmdHost.CHANCES = 0
     if not os.environ.get("KVMI_LONG") and not config.option.keyword:
         for item in items:
             if item.get_closest_marker("long"):
@@ -89,35 +91,56 @@ def meanwhile(request):
 
 
 class AmdHost:
-    """The AMD host that the tests share. One that failed is thrown away; the next test gets a new one."""
+    """
+    The AMD host that the tests share. One that failed is thrown away; the next test gets a new one.
+
+    TCG has faults that nested guests meet once in many hours (qemu/patches has those that are understood). So in a run of all tests, as many as
+    CHANCES get a second try, in a new host; who tries twice says so in pytest's summary. A test that is run by its name does not.
+    """
+    CHANCES = 3
+    tried_twice = []
 
     def __init__(self):
         self.host = None
 
-    def run(self, argv, timeout, again=False):
-        """Runs the command; fails the test if it fails or if the host's kernel complained meanwhile. Returns the output."""
+    def once(self, argv, timeout):
+        """Runs the command; raises HostError if it fails or if the host's kernel complained meanwhile. Returns the output."""
         output = bytearray()
+
+        def fail(what):
+            raise host.HostError(f"{output.decode(errors='replace')}\n{what}")
+
         try:
             if not self.host:
                 self.host = host.Host("amd")
                 self.host.start()
             status = self.host.run(argv, timeout, output.extend, env={k: os.environ[k] for k in ("KVMI_LONG",) if k in os.environ})
             trouble = self.host.trouble()
-        except host.EmulatorError as e:
-            self.close()
-            if again:
-                pytest.fail(f"{output.decode(errors='replace')}\nthe second time, too: {e}", pytrace=False)
-            warnings.warn(f"once more after {' '.join(map(str, argv[-2:]))}: {e}")
-            return self.run(argv, timeout, again=True)
+        except host.HostError as e:
+            fail(e)
+        if trouble:
+            fail(f"the host's kernel complained:\n{trouble}")
+        if status:
+            fail(f"status {status}" + (" (out of time)" if status in (124, 137) else ""))
+        return output.decode(errors="replace")
+
+    def run(self, argv, timeout):
+        """once(); fails the test if that fails."""
+        try:
+            return self.once(argv, timeout)
         except host.HostError as e:
             self.close()
-            pytest.fail(f"{output.decode(errors='replace')}\n{e}", pytrace=False)
-        if trouble:
+            if len(self.tried_twice) >= self.CHANCES:
+                pytest.fail(str(e), pytrace=False)
+            self.tried_twice.append(argv[-1])
+            first = str(e)
+        try:
+            output = self.once(argv, timeout)
+        except host.HostError as e:
             self.close()
-            pytest.fail(f"{output.decode(errors='replace')}\nthe host's kernel complained:\n{trouble}", pytrace=False)
-        if status:
-            pytest.fail(f"{output.decode(errors='replace')}\nstatus {status}" + (" (out of time)" if status in (124, 137) else ""), pytrace=False)
-        return output.decode(errors="replace")
+            pytest.fail(f"{e}\n--- the first time ---\n{first}", pytrace=False)
+        warnings.warn(f"{argv[-1]} passed at the second try; the first said:\n{first[-3000:]}")
+        return output
 
     def close(self):
         if self.host:

@@ -267,10 +267,7 @@ class Guest:
         """The guest goes on: its counter moves, twice, and nothing it called returned nonsense."""
         for _ in range(2):
             before = self.calls()[0]
-            try:
-                wait_until(lambda: self.calls()[0] > before, timeout, "the guest's counter to move")
-            except Late as e:
-                raise Late(f"{e}; its console ends with: {self.output()[-2000:]}") from None
+            wait_until(lambda: self.calls()[0] > before, timeout, "the guest's counter to move")
         calls, wrong = self.calls()
         assert wrong == 0, f"{wrong} of {calls} system calls returned a wrong value in the guest"
 
@@ -286,6 +283,21 @@ class Guest:
             return True
         except (AssertionError, OSError, QMPError):
             return False
+
+    def cpus(self):
+        """Where its CPUs are, and where a moment later: for who looks into why it does not go on."""
+        try:
+            self.qmp.close()
+            self.qmp = QMP(self.dir / "qmp", timeout=3)
+            said = []
+            for _ in range(2):
+                for line in ("info status", "info registers -a", "info lapic 0", "info lapic 1"):
+                    said.append(self.qmp.execute("human-monitor-command", timeout=5, command_line=line))
+                time.sleep(1)
+        except (AttributeError, AssertionError, OSError, QMPError) as e:
+            return f"nothing to be had: {e}"
+        # Without the registers that nobody asks for
+        return "\n".join(l for s in said for l in s.splitlines() if not re.match(r"(FPR|XMM|FCW|DR|[ELT].*=0000 0|GDT|IDT)", l))
 
     def ask(self, command, answer):
         """tell(), and wait for the answer; returns what it said from then on."""

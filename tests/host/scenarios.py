@@ -1141,10 +1141,12 @@ def run(function):
         traceback.print_exc()
         g = g or Guest()        # the scenario's own
         print("--- QEMU's trace, last lines ---")
-        print("\n".join(g.trace.read_text(errors="replace").splitlines()[-30:]) if g.trace.exists() else "")
+        print("\n".join(g.trace.read_text(errors="replace").splitlines()[-20:]) if g.trace.exists() else "")
         print("--- the guest's console, last lines ---")
-        print("\n".join(g.output().splitlines()[-40:]))
+        print("\n".join(g.output().splitlines()[-10:]))
         print((DIR / "stderr").read_text() if (DIR / "stderr").exists() else "")
+        print("--- the guest's CPUs, twice ---")
+        print(g.cpus())
         if not isinstance(e, Exception):
             raise
         return 1
