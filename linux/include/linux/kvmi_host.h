@@ -122,7 +122,7 @@ bool __kvmi_exception_as_fault(struct kvm_vcpu *vcpu);
 /* The guest is entered next; shall it only do one step? */
 static inline bool kvmi_step_begin(struct kvm_vcpu *vcpu)
 {
-	return unlikely(vcpu->kvmi) && __kvmi_step_begin(vcpu);
+	return unlikely(vcpu->kvmi_steps) && __kvmi_step_begin(vcpu);
 }
 
 static inline void kvmi_step_done(struct kvm_vcpu *vcpu)
@@ -147,12 +147,12 @@ static inline void kvmi_regs_set(struct kvm_vcpu *vcpu,
 
 static inline bool kvmi_step_owned(struct kvm_vcpu *vcpu)
 {
-	return unlikely(vcpu->kvmi) && __kvmi_step_owned(vcpu);
+	return unlikely(vcpu->kvmi_steps) && __kvmi_step_owned(vcpu);
 }
 
 static inline bool kvmi_step_holds_interrupts(struct kvm_vcpu *vcpu)
 {
-	return unlikely(vcpu->kvmi) && __kvmi_step_holds_interrupts(vcpu);
+	return unlikely(vcpu->kvmi_steps) && __kvmi_step_holds_interrupts(vcpu);
 }
 
 static inline bool kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu)

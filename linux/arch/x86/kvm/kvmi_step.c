@@ -79,7 +79,7 @@ bool __kvmi_step_inhibits_apicv(struct kvm_vcpu *vcpu)
  */
 bool __kvmi_step_owned(struct kvm_vcpu *vcpu)
 {
-	return vcpu->kvmi->arch.step.on && kvmi_vcpu_in_session(vcpu);
+	return vcpu->kvmi_steps && kvmi_vcpu_in_session(vcpu);
 }
 
 int kvmi_arch_control_singlestep(struct kvm_vcpu *vcpu, bool enable)
@@ -99,7 +99,7 @@ int kvmi_arch_control_singlestep(struct kvm_vcpu *vcpu, bool enable)
 		/* For the interrupts that have been held back */
 		kvm_make_request(KVM_REQ_EVENT, vcpu);
 	}
-	step->on = enable;
+	vcpu->kvmi_steps = enable;
 	/* An interrupt is what ends the HLT that it is in */
 	if (enable && vcpu->arch.mp_state == KVM_MP_STATE_HALTED)
 		step->halted = true;
@@ -195,7 +195,7 @@ int kvmi_arch_inject_exception(struct kvm_vcpu *vcpu,
 		return -KVM_EINVAL;
 	if (vcpu->arch.guest_state_protected)
 		return -KVM_EOPNOTSUPP;
-	if (ex->state != KVMI_EXCEPTION_NONE || vcpu->kvmi->arch.step.on ||
+	if (ex->state != KVMI_EXCEPTION_NONE || vcpu->kvmi_steps ||
 	    is_guest_mode(vcpu))
 		return -KVM_EBUSY;
 
@@ -341,7 +341,7 @@ void kvmi_arch_session_over(struct kvm_vcpu *vcpu)
 	struct kvmi_vcpu_arch *arch = &vcpu->kvmi->arch;
 
 	arch->exception.state = KVMI_EXCEPTION_NONE;
-	arch->step.on = false;
+	vcpu->kvmi_steps = false;
 	arch->step.begun = false;
 	arch->step.halted = false;
 	kvmi_step_inhibit_apicv(vcpu, false);

@@ -34,7 +34,6 @@ struct kvmi_pf {
 
 /* Single-stepping */
 struct kvmi_step {
-	bool on;		/* the tool wants it */
 	bool no_apicv;		/* was on, in this session */
 	bool begun;		/* the guest has been entered to do a step */
 	bool done;		/* the CPU says so */

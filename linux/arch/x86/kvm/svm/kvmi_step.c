@@ -101,7 +101,7 @@ void __svm_step_begin(struct kvm_vcpu *vcpu, bool *force_immediate_exit)
 	vmcb_mark_dirty(svm->vmcb, VMCB_LBR);
 }
 
-/* Right after the exit */
+/* Right after the exit from a step, and the one after that */
 void __svm_step_end(struct kvm_vcpu *vcpu)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
@@ -297,9 +297,6 @@ static int svm_step_int(struct kvm_vcpu *vcpu)
 int __svm_step_handle_exit(struct kvm_vcpu *vcpu, u32 exit_code)
 {
 	struct vcpu_svm *svm = to_svm(vcpu);
-
-	if (!svm->step.ended)
-		return svm_invoke_exit_handler(vcpu, exit_code);
 
 	switch (exit_code) {
 	case SVM_EXIT_EXCP_BASE ... SVM_EXIT_EXCP_BASE + 31:

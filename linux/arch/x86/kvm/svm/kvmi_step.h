@@ -43,15 +43,18 @@ static inline void svm_step_begin(struct kvm_vcpu *vcpu,
 		__svm_step_begin(vcpu, force_immediate_exit);
 }
 
-static inline void svm_step_end(struct kvm_vcpu *vcpu)
+static inline void svm_step_end(struct kvm_vcpu *vcpu,
+				const struct svm_kvmi_step *step)
 {
-	if (unlikely(vcpu->kvmi))
+	if (unlikely(step->armed || step->ended))
 		__svm_step_end(vcpu);
 }
 
-static inline int svm_step_handle_exit(struct kvm_vcpu *vcpu, u32 exit_code)
+static inline int svm_step_handle_exit(struct kvm_vcpu *vcpu,
+				       const struct svm_kvmi_step *step,
+				       u32 exit_code)
 {
-	if (unlikely(vcpu->kvmi))
+	if (unlikely(step->ended))
 		return __svm_step_handle_exit(vcpu, exit_code);
 
 	return svm_invoke_exit_handler(vcpu, exit_code);
@@ -67,11 +70,14 @@ static inline void svm_step_begin(struct kvm_vcpu *vcpu,
 {
 }
 
-static inline void svm_step_end(struct kvm_vcpu *vcpu)
+static inline void svm_step_end(struct kvm_vcpu *vcpu,
+				const struct svm_kvmi_step *step)
 {
 }
 
-static inline int svm_step_handle_exit(struct kvm_vcpu *vcpu, u32 exit_code)
+static inline int svm_step_handle_exit(struct kvm_vcpu *vcpu,
+				       const struct svm_kvmi_step *step,
+				       u32 exit_code)
 {
 	return svm_invoke_exit_handler(vcpu, exit_code);
 }
