@@ -345,16 +345,14 @@ static bool kvmi_granted(const struct kvmi_pf *pf, gfn_t gfn, u8 access)
 	return false;
 }
 
-/* Returns true if the tool must be asked first, so this isn't to be done now */
-bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
-			    u64 pfec)
+static noinline bool kvmi_ask_access(struct kvm_vcpu *vcpu, gva_t gva,
+				     gpa_t gpa, u64 pfec)
 {
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	gfn_t gfn = gpa_to_gfn(gpa);
 	u8 access;
 
-	if (xa_empty(&kvmi->page_access) || is_guest_mode(vcpu) ||
-	    is_smm(vcpu) || vcpu->kvmi->arch.injecting)
+	if (is_guest_mode(vcpu) || is_smm(vcpu) || vcpu->kvmi->arch.injecting)
 		return false;
 
 	/* The emulator may be called again before the run loop comes by */
@@ -374,6 +372,15 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 		return false;
 
 	return kvmi_raise_pf(vcpu, gva, gpa, access, 0);
+}
+
+/* Returns true if the tool must be asked first, so this isn't to be done now */
+bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
+			    u64 pfec)
+{
+	/* Apart from the rest, as it is so often all there is to do */
+	return !xa_empty(&vcpu->kvm->kvmi->page_access) &&
+	       kvmi_ask_access(vcpu, gva, gpa, pfec);
 }
 
 /*
