@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,14 +31,22 @@ def pytest_collection_modifyitems(config, items):
 
 def background(jobs):
     """Runs the functions one after the other in a thread, each for its Future."""
+    begin = time.monotonic()
     for future, function, *args in jobs:
         try:
             future.set_result(function(*args))
         except BaseException as e:      # raised by result(); pytest.fail() is none of Exception
             future.set_exception(e)
     background_amd.close()
+    background_took.append(time.monotonic() - begin)
 
 
+def pytest_terminal_summary(terminalreporter):
+    if background_took:
+        terminalreporter.write_line(f"in the background: {background_took[0]:.0f} s")
+
+
+background_took = []
 intel_result, intel_kvm_result, amd_result = Future(), Future(), Future()
 meanwhile_results = {}
 
@@ -102,6 +111,7 @@ class AmdHost:
 
     def __init__(self):
         self.host = None
+        self.kind = None
 
     def once(self, argv, timeout):
         """Runs the command; raises HostError if it fails or if the host's kernel complained meanwhile. Returns the output."""
@@ -124,8 +134,11 @@ class AmdHost:
             fail(f"status {status}" + (" (out of time)" if status in (124, 137) else ""))
         return output.decode(errors="replace")
 
-    def run(self, argv, timeout):
-        """once(); fails the test if that fails."""
+    def run(self, argv, timeout, kind=None):
+        """once(); fails the test if that fails. Each kind of command gets a host that has run no others."""
+        if kind != self.kind:
+            self.close()
+            self.kind = kind
         try:
             return self.once(argv, timeout)
         except host.HostError as e:

@@ -12,7 +12,7 @@ HEAD = """| what happens to the guest | the tool was | how it failed | outcome |
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def matrix():
     rows = []
     yield rows

@@ -12,16 +12,12 @@ pytestmark = pytest.mark.amd
 USUAL = ("libvirt_suspend_resume", "libvirt_enable_apparmor", "libvirt_capabilities")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_host(amd):
-    """The domain, which runs on after a scenario, and the guest of the other tests would connect to the same tool."""
-    amd.close()
-    yield
-    amd.close()
+def run_meanwhile(amd, name):
+    host.libvirt_guest_image()
+    # In a host of their own: the domain, which runs on after a scenario, and the guest of other tests would connect to the same tool
+    return amd.run(["/usr/bin/python3", host.HERE / "libvirt_scenarios.py", name], libvirt_scenarios.SCENARIOS[name].timeout, kind="libvirt")
 
 
 @pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in libvirt_scenarios.SCENARIOS])
-def test_libvirt(amd, name):
-    host.libvirt_guest_image()
-    scenario = libvirt_scenarios.SCENARIOS[name]
-    print(amd.run(["/usr/bin/python3", host.HERE / "libvirt_scenarios.py", name], scenario.timeout))
+def test_libvirt(meanwhile, name):
+    print(meanwhile)
