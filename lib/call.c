@@ -286,10 +286,10 @@ bool kvmi_call_is_done(const struct kvmi_call *call)
 {
 	bool is_done;
 
-	pthread_mutex_lock(&call->vm->lock);
+	vm_lock(call->vm);
 	is_done = call->pending->state == PENDING_DONE ||
 		  call->vm->state == VM_BROKEN;
-	pthread_mutex_unlock(&call->vm->lock);
+	vm_unlock(call->vm);
 
 	return is_done;
 }
@@ -321,14 +321,19 @@ void kvmi_call_then(struct kvmi_call *call, kvmi_done done, void *context)
 {
 	struct kvmi_vm *vm = call->vm;
 
-	pthread_mutex_lock(&vm->lock);
+	vm_lock(vm);
 	call->done = done;
 	call->context = context;
 	call->deadline = now_ms() + vm->timeout;
 	call->next = NULL;
 	*vm->last_call = call;
 	vm->last_call = &call->next;
-	pthread_mutex_unlock(&vm->lock);
+	call->pending->is_dispatched = true;
+	if (call->pending->state == PENDING_DONE)
+		vm->ended_calls++;
+	if (call->deadline < vm->asleep_until)
+		vm->earlier_timeout = true;
+	vm_unlock(vm);
 }
 
 unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm)
@@ -339,7 +344,7 @@ unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm)
 	if (!vm)
 		return 0;
 
-	pthread_mutex_lock(&vm->lock);
+	vm_lock(vm);
 	for (at = &vm->first_call; (call = *at);) {
 		if (!vm_has_ended(vm, call->pending, call->deadline,
 				  &call->size, &call->result)) {
@@ -352,7 +357,8 @@ unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm)
 		last = &call->next;
 	}
 	vm->last_call = at;
-	pthread_mutex_unlock(&vm->lock);
+	vm->ended_calls = 0;
+	vm_unlock(vm);
 
 	while ((call = ended)) {
 		ended = call->next;
@@ -368,13 +374,14 @@ unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm)
 
 int kvmi_vm_next_timeout(const struct kvmi_vm *vm)
 {
+	struct kvmi_vm *changed = (struct kvmi_vm *)vm;
 	const struct kvmi_call *call;
 	int64_t first = INT64_MAX, left;
 
 	if (!vm)
 		return -1;
 
-	pthread_mutex_lock((pthread_mutex_t *)&vm->lock);
+	vm_lock(vm);
 	for (call = vm->first_call; call; call = call->next) {
 		if (call->pending->state == PENDING_DONE ||
 		    vm->state == VM_BROKEN)
@@ -382,7 +389,9 @@ int kvmi_vm_next_timeout(const struct kvmi_vm *vm)
 		else if (call->deadline < first)
 			first = call->deadline;
 	}
-	pthread_mutex_unlock((pthread_mutex_t *)&vm->lock);
+	/* for kvmi_call_then() of another thread */
+	changed->asleep_until = first;
+	vm_unlock(vm);
 	if (first == INT64_MAX)
 		return -1;
 	left = first - now_ms();

@@ -81,6 +81,7 @@ enum pending_state {
 struct pending {
 	enum pending_state state;
 	uint16_t id;
+	bool is_dispatched;	/* of kvmi_call_then() */
 	uint32_t seq;
 	int32_t error;		/* KVM's, positive */
 	void *data;		/* what comes after kvmi_error_code goes here */
@@ -110,7 +111,10 @@ enum vm_state {
 };
 
 struct kvmi_vm {
-	int fd;
+	int fd;			/* the socket */
+	/* The rest of kvmi_vm_fd(), see tell_pollers(): with is_polled */
+	int ready_fd;		/* an eventfd */
+	int poll_fd;		/* an epoll of both; the socket without it */
 
 	/*
 	 * All below.  Of the threads that wait for something, one polls the
@@ -159,6 +163,14 @@ struct kvmi_vm {
 	/* Of kvmi_call_then(), in that order */
 	struct kvmi_call *first_call;
 	struct kvmi_call **last_call;
+	unsigned int ended_calls;	/* those whose answer is here */
+
+	/* Those who poll poll_fd */
+	bool is_polled;		/* there may be such: poll_fd is made */
+	bool is_ready;		/* ready_fd is readable */
+	bool wants_room;	/* poll_fd waits for room in the socket, too */
+	int64_t asleep_until;	/* told by kvmi_vm_next_timeout() last; 0: awake */
+	bool earlier_timeout;	/* they don't know of */
 };
 
 /* names.c */
@@ -183,6 +195,8 @@ bool same_digest(const uint8_t *a, const uint8_t *b);
 
 /* vm.c; all of these take the lock */
 int64_t now_ms(void);
+void vm_lock(const struct kvmi_vm *vm);
+void vm_unlock(const struct kvmi_vm *vm);
 struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 		       struct kvmi_error *err);
 

@@ -18,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -54,13 +56,46 @@ static enum kvmi_status copy_broken(const struct kvmi_vm *vm,
 	return vm->broken.status;
 }
 
-static void lock(const struct kvmi_vm *vm)
+static bool has_output(const struct kvmi_vm *vm)
+{
+	return vm->output_start < vm->output_end;
+}
+
+/*
+ * Who sleeps in poll() on kvmi_vm_fd() is to wake up when another thread has
+ * received what it sleeps for, or has left something to be sent.  The socket
+ * tells nothing of that.
+ */
+static void tell_pollers(struct kvmi_vm *vm, bool wake)
+{
+	bool ready = vm->first_event || vm->ended_calls || vm->earlier_timeout;
+	bool has_more = has_output(vm);
+	struct epoll_event socket = { .events = has_more ? EPOLLIN | EPOLLOUT :
+							   EPOLLIN };
+	eventfd_t count;
+
+	/* neither can fail: both are of our own making, the counter is 0 or 1 */
+	if (ready && !vm->is_ready && wake) {
+		eventfd_write(vm->ready_fd, 1);
+		vm->is_ready = true;
+	} else if (!ready && vm->is_ready) {
+		eventfd_read(vm->ready_fd, &count);
+		vm->is_ready = false;
+	}
+	if (has_more != vm->wants_room)
+		epoll_ctl(vm->poll_fd, EPOLL_CTL_MOD, vm->fd, &socket);
+	vm->wants_room = has_more;
+}
+
+void vm_lock(const struct kvmi_vm *vm)
 {
 	pthread_mutex_lock((pthread_mutex_t *)&vm->lock);
 }
 
-static void unlock(const struct kvmi_vm *vm)
+void vm_unlock(const struct kvmi_vm *vm)
 {
+	if (vm->is_polled)
+		tell_pollers((struct kvmi_vm *)vm, true);
 	pthread_mutex_unlock((pthread_mutex_t *)&vm->lock);
 }
 
@@ -112,11 +147,11 @@ enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 	enum kvmi_status status;
 	va_list args;
 
-	lock(vm);
+	vm_lock(vm);
 	va_start(args, format);
 	status = break_with(vm, err, format, args);
 	va_end(args);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -167,7 +202,8 @@ struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&vm->changed, &attributes);
 	pthread_condattr_destroy(&attributes);
-	vm->fd = fd;
+	vm->fd = vm->poll_fd = fd;
+	vm->ready_fd = -1;
 	vm->timeout = DEFAULT_TIMEOUT_MS;
 	vm->state = VM_HELLO;
 	vm->last_event = &vm->first_event;
@@ -603,6 +639,8 @@ static enum kvmi_status take_answer(struct kvmi_vm *vm,
 	if (!code.err && size)
 		memcpy(pending->data, body + sizeof(code), size);
 	pending->state = PENDING_DONE;
+	if (pending->is_dispatched)
+		vm->ended_calls++;
 
 	return KVMI_OK;
 }
@@ -689,19 +727,14 @@ static enum kvmi_status flush(struct kvmi_vm *vm, struct kvmi_error *err)
 	return send_some(vm, err);
 }
 
-static bool has_output(const struct kvmi_vm *vm)
-{
-	return vm->output_start < vm->output_end;
-}
-
 /* Without the lock; a failure of poll() will be seen by send() and recv() */
 static void poll_socket(struct kvmi_vm *vm, short events, int64_t ms)
 {
 	struct pollfd poll_fd = { .fd = vm->fd, .events = events };
 
-	unlock(vm);
+	vm_unlock(vm);
 	poll(&poll_fd, 1, ms > INT32_MAX ? INT32_MAX : ms);
-	lock(vm);
+	vm_lock(vm);
 }
 
 /* Another thread polls: wait for it */
@@ -739,9 +772,9 @@ enum kvmi_status vm_push(struct kvmi_vm *vm, struct kvmi_error *err)
 {
 	enum kvmi_status status;
 
-	lock(vm);
+	vm_lock(vm);
 	status = push(vm, err);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -798,7 +831,7 @@ enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (!vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
 
-	lock(vm);
+	vm_lock(vm);
 	deadline = now_ms() + vm->timeout;
 	if (vm->state == VM_BROKEN)
 		status = copy_broken(vm, err);
@@ -808,7 +841,7 @@ enum kvmi_status kvmi_vm_wait_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 		fail(err, status,
 		     "the other side did not send its handshake within %d ms",
 		     vm->timeout);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -820,9 +853,9 @@ enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
 	if (!vm || !hash)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no hash");
 
-	lock(vm);
+	vm_lock(vm);
 	memcpy(vm->cookie_hash, hash, SHA1_SIZE);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return KVMI_OK;
 }
@@ -835,11 +868,11 @@ enum kvmi_status kvmi_vm_set_secret(struct kvmi_vm *vm, const void *secret,
 			    "no vm, or a secret of %zu bytes: 1 to %d", size,
 			    KVMI_SECRET_MAX);
 
-	lock(vm);
+	vm_lock(vm);
 	memcpy(vm->secret, secret, size);
 	vm->secret_size = size;
 	vm->mutual = true;
-	unlock(vm);
+	vm_unlock(vm);
 
 	return KVMI_OK;
 }
@@ -891,7 +924,7 @@ enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (status != KVMI_OK)
 		return status;
 
-	lock(vm);
+	vm_lock(vm);
 	if (vm->state == VM_GREETED && vm->mutual) {
 		status = prove(vm, err);
 	} else if (vm->state == VM_GREETED) {
@@ -906,7 +939,7 @@ enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (status == KVMI_ERR_TIMEOUT)
 		fail(err, status, "QEMU did not prove that it knows the secret within %d ms",
 		     vm->timeout);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -957,9 +990,9 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 {
 	enum kvmi_status status;
 
-	lock(vm);
+	vm_lock(vm);
 	status = start(vm, id, parts, part_count, data, capacity, pending, err);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -975,9 +1008,9 @@ static void abandon(struct pending *pending)
 
 void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
 {
-	lock(vm);
+	vm_lock(vm);
 	abandon(pending);
-	unlock(vm);
+	vm_unlock(vm);
 }
 
 static enum kvmi_status too_late(const struct kvmi_vm *vm, unsigned int id,
@@ -1049,9 +1082,9 @@ enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 {
 	enum kvmi_status status;
 
-	lock(vm);
+	vm_lock(vm);
 	status = wait_for(vm, pending, size, err);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -1087,30 +1120,63 @@ enum kvmi_status kvmi_vm_set_timeout(struct kvmi_vm *vm, int ms,
 	if (!vm || ms <= 0)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "a timeout of %d ms, or no vm", ms);
-	lock(vm);
+	vm_lock(vm);
 	vm->timeout = ms;
-	unlock(vm);
+	vm_unlock(vm);
 
 	return KVMI_OK;
 }
 
-int kvmi_vm_fd(const struct kvmi_vm *vm)
+static bool make_poll_fd(struct kvmi_vm *vm)
 {
-	return vm ? vm->fd : -1;
+	struct epoll_event input = { .events = EPOLLIN };
+
+	vm->ready_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (vm->ready_fd < 0)
+		return false;
+	vm->poll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (vm->poll_fd >= 0 &&
+	    !epoll_ctl(vm->poll_fd, EPOLL_CTL_ADD, vm->fd, &input) &&
+	    !epoll_ctl(vm->poll_fd, EPOLL_CTL_ADD, vm->ready_fd, &input))
+		return true;
+	if (vm->poll_fd >= 0)
+		close(vm->poll_fd);
+	close(vm->ready_fd);
+
+	return false;
+}
+
+int kvmi_vm_fd(const struct kvmi_vm *public)
+{
+	struct kvmi_vm *vm = (struct kvmi_vm *)public;
+	int fd;
+
+	if (!vm)
+		return -1;
+
+	/* who doesn't ask for it need not pay for it, the kernel's part either */
+	vm_lock(vm);
+	if (!vm->is_polled && vm->state != VM_BROKEN) {
+		vm->is_polled = make_poll_fd(vm);
+		if (!vm->is_polled) {
+			/* the socket's end, which wakes up, tells why */
+			vm->poll_fd = vm->fd;
+			broken_by_system(vm, NULL, errno,
+					 "an fd to poll (epoll, eventfd)");
+		}
+	}
+	fd = vm->poll_fd;
+	vm_unlock(vm);
+
+	return fd;
 }
 
 short kvmi_vm_poll_events(const struct kvmi_vm *vm)
 {
-	short events = POLLIN;
+	/* that the socket has room again makes kvmi_vm_fd() readable */
+	(void)vm;
 
-	if (!vm)
-		return events;
-	lock(vm);
-	if (has_output(vm))
-		events |= POLLOUT;
-	unlock(vm);
-
-	return events;
+	return POLLIN;
 }
 
 const struct kvmi_vm_hello *kvmi_vm_get_hello(const struct kvmi_vm *vm)
@@ -1142,6 +1208,10 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 		kvmi_vm_dispatch(vm);
 	}
 
+	if (vm->is_polled) {
+		close(vm->poll_fd);
+		close(vm->ready_fd);
+	}
 	close(vm->fd);
 	while ((entry = vm->first_event)) {
 		vm->first_event = entry->next;
@@ -1181,7 +1251,7 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (!vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
 
-	lock(vm);
+	vm_lock(vm);
 	do {
 		status = flush(vm, err);
 		if (status == KVMI_OK)
@@ -1190,7 +1260,15 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 	} while (status == KVMI_OK && --rounds);
 	if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
 		status = flush(vm, err);
-	unlock(vm);
+	/*
+	 * The caller will ask for the time again before it sleeps, and takes what
+	 * has come: nobody has to be woken up for that.
+	 */
+	vm->earlier_timeout = false;
+	vm->asleep_until = 0;
+	if (vm->is_polled)
+		tell_pollers(vm, false);
+	pthread_mutex_unlock(&vm->lock);
 
 	return status;
 }
@@ -1203,12 +1281,12 @@ enum kvmi_status kvmi_vm_flush(struct kvmi_vm *vm, struct kvmi_error *err)
 	if (!vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm");
 
-	lock(vm);
+	vm_lock(vm);
 	deadline = now_ms() + vm->timeout;
 	status = flush(vm, err);
 	while (status == KVMI_OK && has_output(vm))
 		status = pump(vm, deadline, err);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -1217,13 +1295,13 @@ void kvmi_vm_shutdown(struct kvmi_vm *vm)
 {
 	if (!vm)
 		return;
-	lock(vm);
+	vm_lock(vm);
 	if (vm->state != VM_BROKEN) {
 		fail(&vm->broken, KVMI_ERR_CLOSED,
 		     "this side has shut the connection down");
 		disconnect(vm);
 	}
-	unlock(vm);
+	vm_unlock(vm);
 }
 
 static struct kvmi_vm_event *next_event(struct kvmi_vm *vm)
@@ -1248,9 +1326,9 @@ struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm)
 
 	if (!vm)
 		return NULL;
-	lock(vm);
+	vm_lock(vm);
 	event = next_event(vm);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return event;
 }
@@ -1272,7 +1350,7 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 			    "no vm, no event or a negative time");
 
 	deadline = now_ms() + ms;
-	lock(vm);
+	vm_lock(vm);
 	while (!(*event = next_event(vm))) {
 		status = pump(vm, deadline, err);
 		/* events that came before the end are there to be taken */
@@ -1284,7 +1362,7 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 	}
 	if (*event)
 		status = KVMI_OK;
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -1293,9 +1371,9 @@ bool vm_has_open_event(struct kvmi_vm *vm, unsigned int vcpu)
 {
 	bool open;
 
-	lock(vm);
+	vm_lock(vm);
 	open = vcpu < vm->open_count && vm->open[vcpu].open;
-	unlock(vm);
+	vm_unlock(vm);
 
 	return open;
 }
@@ -1368,13 +1446,13 @@ static enum kvmi_status reply(struct kvmi_vm *vm,
 	if (!vm || !event)
 		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no event");
 
-	lock(vm);
+	vm_lock(vm);
 	status = check_reply(vm, event, action, err);
 	if (status == KVMI_OK)
 		status = queue_reply(vm, event, action, value, err);
 	if (status == KVMI_OK)
 		status = push(vm, err);
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }
@@ -1419,7 +1497,7 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 
 	vcpu.vcpu = event->vcpu;
 	copy = *regs;
-	lock(vm);
+	vm_lock(vm);
 	status = check_reply(vm, event, action, err);
 	if (status == KVMI_OK)
 		status = start(vm, KVMI_VCPU_SET_REGISTERS, parts, 2, NULL, 0,
@@ -1431,7 +1509,7 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 		else
 			abandon(pending);
 	}
-	unlock(vm);
+	vm_unlock(vm);
 
 	return status;
 }

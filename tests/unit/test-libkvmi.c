@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -1525,6 +1526,70 @@ static void script_deaf(struct sim *sim)
 	sim_serve_one(sim);
 	while (!g_atomic_int_get(&sim->hang_up))
 		g_usleep(1000);
+	/* a cure; mute for ever */
+	while (sim_receive(sim))
+		g_atomic_int_inc(&sim->commands);
+}
+
+/* What could not be sent goes out of an event loop that only waits for input */
+static void test_deaf_for_a_while(void)
+{
+	struct sim *sim = sim_new();
+	uint8_t *data = g_malloc0(32 * 4096);
+	struct pollfd poll_fd = { .events = POLLIN };
+	unsigned int i, commands;
+	struct kvmi_vm *vm;
+
+	sim->script = script_deaf;
+	vm = connect_vm(sim);
+	poll_fd.fd = kvmi_vm_fd(vm);
+	ok(kvmi_vm_set_timeout(vm, 100, err));
+	for (i = 0; i < 3; i++)
+		fails(kvmi_vm_write_physical(vm, 0, data, 32 * 4096, err),
+		      KVMI_ERR_TIMEOUT);
+	g_assert_cmpint(poll(&poll_fd, 1, 50), ==, 0);
+	g_atomic_int_set(&sim->hang_up, 1);
+	/* as long as there is something to be sent: no answer comes */
+	for (i = 0; poll(&poll_fd, 1, 1000) == 1; i++) {
+		enum kvmi_status status = kvmi_vm_process(vm, NULL);
+
+		g_assert_true(status == KVMI_OK || status == KVMI_ERR_NOTHING);
+	}
+	g_assert_cmpint(i, >, 0);
+	commands = g_atomic_int_get(&sim->commands);
+	ok(kvmi_vm_flush(vm, err));
+	g_usleep(100000);
+	g_assert_cmpuint(g_atomic_int_get(&sim->commands), ==, commands);
+	done(sim, vm);
+	g_free(data);
+}
+
+/* An event loop is told, too, that there are no more file descriptors */
+static void test_no_poll_fd(void)
+{
+	struct rlimit was, none;
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct pollfd poll_fd = { .events = POLLIN };
+	struct kvmi_error err;
+	int i;
+
+	getrlimit(RLIMIT_NOFILE, &was);
+	/* without any, and without the second */
+	for (i = 0; i < 2; i++) {
+		if (i)
+			vm = connect_vm(sim = sim_new());
+		none = (struct rlimit){ dup(0), was.rlim_max };
+		close(none.rlim_cur);
+		none.rlim_cur += i;
+		g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &none), ==, 0);
+		poll_fd.fd = kvmi_vm_fd(vm);
+		g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &was), ==, 0);
+		g_assert_cmpint(poll(&poll_fd, 1, 1000), ==, 1);
+		g_assert_cmpint(kvmi_vm_process(vm, &err), ==, KVMI_ERR_SYSTEM);
+		g_assert_cmpint(err.sys_errno, ==, EMFILE);
+		done(sim, vm);
+	}
 }
 
 static void test_deaf(void)
@@ -1541,7 +1606,6 @@ static void test_deaf(void)
 	for (i = 0; i < 3; i++)
 		fails(kvmi_vm_write_physical(vm, 0, data, 32 * 4096, err),
 		      KVMI_ERR_TIMEOUT);
-	g_assert_cmpint(kvmi_vm_poll_events(vm), ==, POLLIN | POLLOUT);
 	/* closing does not hang either */
 	kvmi_vm_close(vm);
 	g_assert_cmpint(g_get_monotonic_time() - start, <, 5000000);
@@ -1951,6 +2015,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/timeout", test_timeout);
 	g_test_add_func("/lib/limit", test_limit);
 	g_test_add_func("/lib/deaf", test_deaf);
+	g_test_add_func("/lib/deaf-for-a-while", test_deaf_for_a_while);
+	g_test_add_func("/lib/no-poll-fd", test_no_poll_fd);
 	g_test_add_func("/lib/calls/wait", test_calls);
 	g_test_add_func("/lib/calls/then", test_calls_then);
 	g_test_add_func("/lib/calls/end", test_calls_end);

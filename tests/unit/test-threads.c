@@ -382,6 +382,122 @@ static void test_beside_a_loop(void)
 	g_free(sim);
 }
 
+/*
+ * Threads that sleep in poll() without an end in sight, while another receives
+ * what they sleep for.
+ */
+#define FOR_EVER 60000
+
+static atomic_uint polled, overslept;
+
+static void *poll_and_answer(void *context)
+{
+	struct kvmi_vm *vm = context;
+	struct kvmi_vm_event *event;
+	enum kvmi_status status;
+
+	do {
+		struct pollfd fd = { kvmi_vm_fd(vm), kvmi_vm_poll_events(vm), 0 };
+		int timeout = kvmi_vm_next_timeout(vm);
+
+		if (!poll(&fd, 1, timeout < 0 ? FOR_EVER : timeout) &&
+		    timeout < 0)
+			atomic_fetch_add(&overslept, 1);
+		status = kvmi_vm_process(vm, NULL);
+		while ((event = kvmi_vm_next_event(vm))) {
+			g_assert_cmpint(kvmi_vm_reply(vm, event,
+						      KVMI_ACTION_CONTINUE,
+						      NULL), ==, KVMI_OK);
+			kvmi_vm_event_free(event);
+			atomic_fetch_add(&polled, 1);
+		}
+		kvmi_vm_dispatch(vm);
+	} while (status == KVMI_OK || status == KVMI_ERR_NOTHING);
+	g_assert_cmpstr(kvmi_status_name(status), ==, "closed");
+
+	return NULL;
+}
+
+/* Waits for it, but not for ever */
+static void reaches(atomic_uint *count, unsigned int wanted)
+{
+	int64_t end = g_get_monotonic_time() + 30 * G_USEC_PER_SEC;
+
+	while (atomic_load(count) < wanted) {
+		g_assert_cmpint(g_get_monotonic_time(), <, end);
+		g_usleep(100);
+	}
+	g_assert_cmpint(atomic_load(count), ==, wanted);
+}
+
+static void on_ended(struct kvmi_vm *vm, const struct kvmi_error *result,
+		     void *context)
+{
+	atomic_uint *status = context;
+
+	(void)vm;
+	atomic_store(status, result->status + 1000);
+}
+
+static void test_pollers(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct kvmi_vm *vm = connect_vm(sim);
+	int64_t start = g_get_monotonic_time();
+	uint8_t data[64] = { 1 };
+	struct kvmi_call *call;
+	struct kvmi_error err;
+	GThread *threads[3];
+	atomic_uint status;
+	unsigned int i, count;
+
+	for (i = 0; i < G_N_ELEMENTS(threads); i++)
+		threads[i] = g_thread_new("poll", poll_and_answer, vm);
+
+	/* the event comes with the answer, which this thread waits for */
+	for (i = 0; i < ROUNDS; i++) {
+		g_assert_cmpint(kvmi_vm_pause_vcpu(vm, i % 3, true, &err), ==,
+				KVMI_OK);
+		reaches(&polled, i + 1);
+	}
+
+	/* so does the answer that they are to dispatch */
+	for (i = 0; i < ROUNDS; i++) {
+		atomic_store(&status, 0);
+		g_assert_cmpint(kvmi_vm_start_read_physical(vm, 0, data, 64,
+							    &call, &err),
+				==, KVMI_OK);
+		if (i % 2)
+			kvmi_call_then(call, on_ended, &status);
+		g_assert_cmpint(kvmi_vm_get_vcpu_count(vm, &count, &err), ==,
+				KVMI_OK);
+		if (i % 2 == 0)
+			kvmi_call_then(call, on_ended, &status);
+		reaches(&status, 1000 + KVMI_OK);
+	}
+
+	/* and an end that they didn't know of when they went to sleep */
+	sim->silent_id = KVMI_VM_GET_INFO;
+	kvmi_vm_set_timeout(vm, 200, NULL);
+	atomic_store(&status, 0);
+	g_assert_cmpint(kvmi_vm_start_command(vm, KVMI_VM_GET_INFO, NULL, 0,
+					      NULL, 0, NULL, &call, &err), ==,
+			KVMI_OK);
+	g_usleep(100000);
+	kvmi_call_then(call, on_ended, &status);
+	reaches(&status, 1000 + KVMI_ERR_TIMEOUT);
+
+	kvmi_vm_shutdown(vm);
+	for (i = 0; i < G_N_ELEMENTS(threads); i++)
+		g_thread_join(threads[i]);
+	g_assert_cmpint(atomic_load(&overslept), ==, 0);
+	g_assert_cmpint(g_get_monotonic_time() - start, <,
+			FOR_EVER * 1000LL);
+	kvmi_vm_close(vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
@@ -389,6 +505,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/threads/poller-leaves", test_poller_leaves);
 	g_test_add_func("/threads/not-held-up", test_not_held_up);
 	g_test_add_func("/threads/beside-a-loop", test_beside_a_loop);
+
+	g_test_add_func("/threads/pollers", test_pollers);
 
 	return g_test_run();
 }

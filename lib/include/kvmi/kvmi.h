@@ -55,7 +55,8 @@
  *    caller's to protect.
  * An event can be answered by another thread than the one that received it.
  * While one thread waits, others are not held up.  Threads that wait for
- * events each get events of their own.
+ * events, or poll kvmi_vm_fd(), each get events of their own; none sleeps on one
+ * that another thread has received.
  *
  * The peer is not trusted: all it sends is checked, and what it can make the
  * library store is bounded.  Events are stored at most one for each vCPU
@@ -421,13 +422,14 @@ struct kvmi_vm_event {
 };
 
 /*
- * For event loops: poll kvmi_vm_fd() for kvmi_vm_poll_events() (POLLIN,
- * perhaps POLLOUT), call kvmi_vm_process(), then kvmi_vm_next_event() until
- * it returns NULL (and kvmi_vm_dispatch(), if there are calls).  Any other
- * function may put events into the queue as well, so empty it before each
- * poll().  If other threads call functions of the same vm, what they receive
- * does not wake up the one in poll(): let it sleep for no longer than an event
- * may wait, or in kvmi_vm_wait_event() instead.
+ * For event loops: poll kvmi_vm_fd() for kvmi_vm_poll_events() (POLLIN), with
+ * the timeout of kvmi_vm_next_timeout() if there are calls, then call
+ * kvmi_vm_process(), then kvmi_vm_next_event() until it returns NULL (and
+ * kvmi_vm_dispatch(), if there are calls).
+ * The fd is not the socket, but readable (as poll() has it, not "edge triggered")
+ * while something has come, can be sent, or was received by another function
+ * or thread and has not been taken: several threads can poll the same vm, and
+ * others call functions of it.  It is the library's: read nothing from it.
  */
 int kvmi_vm_fd(const struct kvmi_vm *vm);
 short kvmi_vm_poll_events(const struct kvmi_vm *vm);
@@ -440,8 +442,8 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err);
 
 /*
  * Sends what could not be sent at once, if there is such: answers to events,
- * when KVM is slow to read.  kvmi_vm_process() does it by and by; this is for
- * answers from another thread than the one that polls.  kvmi_vm_close() does it
+ * when KVM is slow to read.  kvmi_vm_process() does it by and by, in whatever
+ * thread polls; this is for programs where none does.  kvmi_vm_close() does it
  * as well.
  */
 enum kvmi_status kvmi_vm_flush(struct kvmi_vm *vm, struct kvmi_error *err);
@@ -868,14 +870,15 @@ void kvmi_call_then(struct kvmi_call *call, kvmi_done done, void *context);
 /*
  * Calls the functions of all calls that have come to an end, in the caller's
  * thread; neither receives nor waits, so kvmi_vm_process() comes before it.
- * Returns how many it has called.  As any other function may receive answers,
- * it is to be called before each poll(), too.
+ * Returns how many it has called.
  */
 unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm);
 
 /*
  * For poll(): in how many ms kvmi_vm_dispatch() is to be called at the latest,
- * whether something comes or not; -1: there is nothing to wait for.
+ * whether something comes or not; -1: there is nothing to wait for.  A call of
+ * another thread that ends earlier wakes up who polls kvmi_vm_fd(): ask again
+ * before each poll().
  */
 int kvmi_vm_next_timeout(const struct kvmi_vm *vm);
 
