@@ -5,98 +5,46 @@
  *
  *	cc first-tool.c $(pkg-config --cflags --libs kvmi-2) -o first-tool
  *	./first-tool /run/kvmi.sock
- *
- * With a file that has the secret of QEMU's kvmi object (auth=hmac), it talks to
- * nobody who does not know it:
- *
- *	./first-tool /run/kvmi.sock /etc/kvmi-secret
  */
-#include <poll.h>
 #include <stdio.h>
-
 #include <kvmi/kvmi.h>
 
-#define COMMANDS (KVMI_SET(KVMI_CMD_VM_GET_INFO) | \
-		  KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS) | \
-		  KVMI_SET(KVMI_CMD_VCPU_CONTROL_EVENTS) | \
-		  KVMI_SET(KVMI_CMD_VCPU_CONTROL_CR))
+#define COMMANDS (KVMI_SET(KVMI_CMD_VM_GET_INFO) | KVMI_SET(KVMI_CMD_VCPU_CONTROL_EVENTS) | \
+		  KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS) | KVMI_SET(KVMI_CMD_VCPU_CONTROL_CR))
 #define EVENTS (KVMI_SET(KVMI_EV_UNHOOK) | KVMI_SET(KVMI_EV_CR))
 
-static enum kvmi_status watch(struct kvmi_vm *vm, struct kvmi_error *err)
+static enum kvmi_status watch(struct kvmi_vm *vm, int left, struct kvmi_error *err)
 {
-	enum kvmi_status status = kvmi_vm_connect(vm, COMMANDS, EVENTS, err);
-	unsigned int vcpus = 0, left = 10, i;
+	enum kvmi_status status = KVMI_OK;
 	struct kvmi_vm_event *event;
 
-	if (status == KVMI_OK)
-		status = kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, err);
-	if (status == KVMI_OK)
-		status = kvmi_vm_get_vcpu_count(vm, &vcpus, err);
-	for (i = 0; i < vcpus && status == KVMI_OK; i++) {
-		status = kvmi_vcpu_control_events(vm, i, KVMI_EV_CR, true, err);
-		if (status == KVMI_OK)
-			status = kvmi_vcpu_control_cr(vm, i, 3, true, err);
-	}
-	while (left && status == KVMI_OK) {
-		status = kvmi_vm_wait_event(vm, 10000, &event, err);
-		if (status != KVMI_OK)
-			break;
-		if (event->id == KVMI_EV_UNHOOK)
-			left = 0;	/* nothing to take out: just go */
-		else
-			status = kvmi_vm_reply(vm, event, KVMI_ACTION_CONTINUE,
-					       err);
-		if (event->id == KVMI_EV_CR) {
-			printf("vCPU %u: CR3 0x%llx -> 0x%llx\n", event->vcpu,
-			       (unsigned long long)event->cr.old_value,
+	while (left-- && !status && !(status = kvmi_vm_wait_event(vm, 10000, &event, err))) {
+		if (event->id == KVMI_EV_UNHOOK) {
+			left = 0;	/* nothing to take out of the guest: just go */
+		} else {
+			printf("vCPU %u: CR3 0x%llx -> 0x%llx\n", event->vcpu, (unsigned long long)event->cr.old_value,
 			       (unsigned long long)event->cr.new_value);
-			left--;
+			status = kvmi_vm_reply(vm, event, KVMI_ACTION_CONTINUE, err);
 		}
 		kvmi_vm_event_free(event);
 	}
-
 	return status;
-}
-
-static enum kvmi_status set_secret(struct kvmi_vm *vm, const char *path,
-				   struct kvmi_error *err)
-{
-	char secret[KVMI_SECRET_MAX];
-	FILE *file = fopen(path, "rb");
-	size_t size = file ? fread(secret, 1, sizeof(secret), file) : 0;
-
-	if (file)
-		fclose(file);
-
-	return kvmi_vm_set_secret(vm, secret, size, err);
 }
 
 int main(int argc, char **argv)
 {
-	struct kvmi_listener *listener = NULL;
-	struct kvmi_vm *vm = NULL;
 	struct kvmi_error err;
-	enum kvmi_status status = KVMI_ERR_ARGUMENT;
+	struct kvmi_vm *vm = NULL;
+	struct kvmi_listener *listener = kvmi_listener_new_unix(argc > 1 ? argv[1] : NULL, 0, &err);
+	bool failed = !listener || kvmi_listener_wait(listener, -1, &vm, &err) ||	/* QEMU connects to us */
+		      kvmi_vm_connect(vm, COMMANDS, EVENTS, &err) ||
+		      kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &err) ||
+		      kvmi_vcpu_control_events(vm, KVMI_ALL_VCPUS, KVMI_EV_CR, true, &err) ||
+		      kvmi_vcpu_control_cr(vm, KVMI_ALL_VCPUS, 3, true, &err) || watch(vm, 10, &err);
 
-	if (argc != 2 && argc != 3) {
-		fprintf(stderr, "usage: first-tool SOCKET [SECRET-FILE]\n");
-		return 2;
-	}
-	listener = kvmi_listener_new_unix(argv[1], 0, &err);
-	if (listener) {
-		struct pollfd fd = { kvmi_listener_fd(listener), POLLIN, 0 };
-
-		poll(&fd, 1, -1);	/* QEMU connects to us */
-		status = kvmi_listener_accept(listener, &vm, &err);
-	}
-	if (status == KVMI_OK && argc == 3)
-		status = set_secret(vm, argv[2], &err);
-	if (status == KVMI_OK)
-		status = watch(vm, &err);
-	if (status != KVMI_OK)
+	if (failed)
 		fprintf(stderr, "first-tool: %s\n", err.message);
 	kvmi_vm_close(vm);	/* KVM undoes what was asked for */
 	kvmi_listener_free(listener);
-
-	return status != KVMI_OK;
+	return failed;
 }

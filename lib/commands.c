@@ -49,6 +49,13 @@ static enum kvmi_status check_vcpu(const struct kvmi_vm *vm, unsigned int vcpu,
 	return KVMI_OK;
 }
 
+/* One vCPU, or KVMI_ALL_VCPUS */
+static enum kvmi_status check_vcpus(const struct kvmi_vm *vm, unsigned int vcpu,
+				    struct kvmi_error *err)
+{
+	return check_vcpu(vm, vcpu == KVMI_ALL_VCPUS ? 0 : vcpu, err);
+}
+
 /* A command to the VM: one structure, or nothing */
 static enum kvmi_status vm_simple(struct kvmi_vm *vm, unsigned int id,
 				  void *request, size_t request_size,
@@ -634,21 +641,51 @@ enum kvmi_status kvmi_vcpu_get_tsc_speed(struct kvmi_vm *vm, unsigned int vcpu,
 	return status;
 }
 
+/* The same for one vCPU, or for all that have started */
+static enum kvmi_status vcpu_control(struct kvmi_vm *vm, unsigned int vcpu,
+				     unsigned int id, void *request,
+				     size_t size, struct kvmi_error *err)
+{
+	unsigned int count = 0, started = 0, i;
+	struct kvmi_error local;
+	enum kvmi_status status;
+
+	if (vcpu != KVMI_ALL_VCPUS)
+		return vcpu_simple(vm, vcpu, id, request, size, NULL, 0, err);
+
+	status = kvmi_vm_get_vcpu_count(vm, &count, err);
+	if (status != KVMI_OK)
+		return status;
+	for (i = 0; i < count; i++) {
+		status = vcpu_simple(vm, i, id, request, size, NULL, 0, &local);
+		if (status == KVMI_OK) {
+			started++;
+		} else if (status != KVMI_ERR_NOT_STARTED) {
+			if (err)
+				*err = local;
+			return status;
+		}
+	}
+
+	return started ? KVMI_OK : fail(err, KVMI_ERR_NOT_STARTED,
+					"no vCPU has started yet");
+}
+
 enum kvmi_status kvmi_vcpu_control_events(struct kvmi_vm *vm, unsigned int vcpu,
 					  unsigned int id, bool enable,
 					  struct kvmi_error *err)
 {
 	struct kvmi_vcpu_control_events request = { .event_id = id,
 						    .enable = enable };
-	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	enum kvmi_status status = check_vcpus(vm, vcpu, err);
 
 	if (status != KVMI_OK)
 		return status;
 	if (id > UINT16_MAX)
 		return fail(err, KVMI_ERR_ARGUMENT, "no event %u", id);
 
-	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_EVENTS, &request,
-			   sizeof(request), NULL, 0, err);
+	return vcpu_control(vm, vcpu, KVMI_VCPU_CONTROL_EVENTS, &request,
+			    sizeof(request), err);
 }
 
 enum kvmi_status kvmi_vcpu_control_cr(struct kvmi_vm *vm, unsigned int vcpu,
@@ -656,7 +693,7 @@ enum kvmi_status kvmi_vcpu_control_cr(struct kvmi_vm *vm, unsigned int vcpu,
 				      struct kvmi_error *err)
 {
 	struct kvmi_vcpu_control_cr request = { .cr = cr, .enable = enable };
-	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	enum kvmi_status status = check_vcpus(vm, vcpu, err);
 
 	if (status != KVMI_OK)
 		return status;
@@ -664,8 +701,8 @@ enum kvmi_status kvmi_vcpu_control_cr(struct kvmi_vm *vm, unsigned int vcpu,
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "CR%u cannot be watched: 0, 3 and 4 can", cr);
 
-	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_CR, &request,
-			   sizeof(request), NULL, 0, err);
+	return vcpu_control(vm, vcpu, KVMI_VCPU_CONTROL_CR, &request,
+			    sizeof(request), err);
 }
 
 enum kvmi_status kvmi_vcpu_control_msr(struct kvmi_vm *vm, unsigned int vcpu,
@@ -673,13 +710,13 @@ enum kvmi_status kvmi_vcpu_control_msr(struct kvmi_vm *vm, unsigned int vcpu,
 				       struct kvmi_error *err)
 {
 	struct kvmi_vcpu_control_msr request = { .msr = msr, .enable = enable };
-	enum kvmi_status status = check_vcpu(vm, vcpu, err);
+	enum kvmi_status status = check_vcpus(vm, vcpu, err);
 
 	if (status != KVMI_OK)
 		return status;
 
-	return vcpu_simple(vm, vcpu, KVMI_VCPU_CONTROL_MSR, &request,
-			   sizeof(request), NULL, 0, err);
+	return vcpu_control(vm, vcpu, KVMI_VCPU_CONTROL_MSR, &request,
+			    sizeof(request), err);
 }
 
 enum kvmi_status kvmi_vcpu_control_singlestep(struct kvmi_vm *vm,

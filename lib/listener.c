@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -16,6 +17,8 @@
 struct kvmi_listener {
 	int fd;
 	uint8_t cookie_hash[SHA1_SIZE];
+	size_t secret_size;	/* 0: none */
+	uint8_t secret[KVMI_SECRET_MAX];
 	/* what is to be deleted at the end */
 	dev_t device;
 	ino_t inode;
@@ -183,6 +186,21 @@ enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
 	return KVMI_OK;
 }
 
+enum kvmi_status kvmi_listener_set_secret(struct kvmi_listener *listener,
+					  const void *secret, size_t size,
+					  struct kvmi_error *err)
+{
+	if (!listener || !secret || !size || size > KVMI_SECRET_MAX)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no listener, or a secret of %zu bytes: 1 to %d",
+			    size, KVMI_SECRET_MAX);
+
+	memcpy(listener->secret, secret, size);
+	listener->secret_size = size;
+
+	return KVMI_OK;
+}
+
 int kvmi_listener_fd(const struct kvmi_listener *listener)
 {
 	return listener ? listener->fd : -1;
@@ -216,7 +234,38 @@ enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
 		return KVMI_ERR_SYSTEM;
 	}
 
+	if (listener->secret_size)
+		return kvmi_vm_set_secret(*vm, listener->secret,
+					  listener->secret_size, err);
+
 	return KVMI_OK;
+}
+
+enum kvmi_status kvmi_listener_wait(struct kvmi_listener *listener, int ms,
+				    struct kvmi_vm **vm, struct kvmi_error *err)
+{
+	int64_t left = -1, deadline = now_ms() + ms;
+	enum kvmi_status status;
+	struct pollfd poll_fd;
+
+	/* who came may be gone, or another thread's by now: wait on */
+	while ((status = kvmi_listener_accept(listener, vm, err)) ==
+	       KVMI_ERR_NOTHING) {
+		if (ms >= 0)
+			left = deadline - now_ms();
+		if (ms >= 0 && left <= 0)
+			break;
+		poll_fd = (struct pollfd){ .fd = listener->fd,
+					   .events = POLLIN };
+		if (poll(&poll_fd, 1, left) >= 0)
+			continue;
+		if (errno != EINTR)
+			return fail_errno(err, errno, "poll");
+		return fail(err, KVMI_ERR_NOTHING,
+			    "nobody has connected before a signal came");
+	}
+
+	return status;
 }
 
 void kvmi_listener_free(struct kvmi_listener *listener)

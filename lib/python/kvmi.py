@@ -101,7 +101,7 @@ def _function(name, kinds, result=c_int, error=True):
 _lib.kvmi_status_name.restype = c_char_p
 _names = [_function(f"{what}_name", "u", c_char_p, False) for what in ("command", "event")]
 _f = {name: _function(name, kinds) for name, kinds in {
-    "listener_accept": "pp", "listener_set_key": "psz", "vm_set_secret": "psz", "vm_wait_hello": "p", "vm_connect": "pqq", "vm_process": "p",
+    "listener_accept": "pp", "listener_set_key": "psz", "listener_set_secret": "psz", "vm_set_secret": "psz", "vm_wait_hello": "p", "vm_connect": "pqq", "vm_process": "p",
     "vm_wait_event": "pip", "vm_reply": "ppi", "vm_reply_with_value": "ppiq", "vm_reply_with_registers": "ppip", "vm_read_physical": "pqpz",
     "vm_write_physical": "pqsz", "vcpu_read_virtual": "puqpz", "vcpu_write_virtual": "puqsz", "vm_set_page_access": "ppz", "vcpu_set_registers": "pup",
     "vcpu_get_registers": "pupppz", "vm_start_read_physical": "pqpzp", "call_wait": "p"}.items()}
@@ -136,10 +136,12 @@ class Listener(_Handle):
     """On a unix socket, or on a port of vsock."""
     _free, _fd = (_function("listener_" + n, "p", r, False) for n, r in (("free", None), ("fd", c_int)))
 
-    def __init__(self, path=None, mode=0, port=None, key=b""):
+    def __init__(self, path=None, mode=0, port=None, key=b"", secret=b""):
         self._as_parameter_ = _new_unix(os.fsencode(path), mode) if port is None else _new_vsock(port)
         if key:
             _f["listener_set_key"](self, key, len(key))
+        if secret:
+            _f["listener_set_secret"](self, secret, len(secret))
 
     def accept(self, timeout=None):
         """The next VM; waits at most timeout seconds and returns None then."""

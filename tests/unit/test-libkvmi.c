@@ -441,7 +441,7 @@ static void test_commands(void)
 	struct kvm_regs regs = { .rax = 1, .rip = 2 };
 	struct kvmi_vm *vm = connect_vm(sim);
 	uint64_t values[2], hz, gpa;
-	unsigned int count;
+	unsigned int count, before;
 
 	sim->regs[1].rip = 0x123456789abcdef0;
 
@@ -470,6 +470,18 @@ static void test_commands(void)
 	fails(kvmi_vcpu_control_events(vm, 3, KVMI_EV_BREAKPOINT, true, err),
 	      KVMI_ERR_INVALID);
 	fails(kvmi_vcpu_control_events(vm, 65536, KVMI_EV_CR, true, err),
+	      KVMI_ERR_ARGUMENT);
+	/* Those that have started; the last has not */
+	before = sim->commands;
+	ok(kvmi_vcpu_control_events(vm, KVMI_ALL_VCPUS, KVMI_EV_CR, true, err));
+	g_assert_cmpint(sim->commands - before, ==, 1 + SIM_VCPUS);
+	g_assert_cmpint(sim->last_vcpu, ==, 2);
+	ok(kvmi_vcpu_control_cr(vm, KVMI_ALL_VCPUS, 3, true, err));
+	ok(kvmi_vcpu_control_msr(vm, KVMI_ALL_VCPUS, 0x174, true, err));
+	g_assert_cmpint(sim->last_vcpu, ==, SIM_VCPUS - 1);
+	fails(kvmi_vcpu_control_cr(vm, KVMI_ALL_VCPUS, 5, true, err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_vcpu_control_singlestep(vm, KVMI_ALL_VCPUS, true, err),
 	      KVMI_ERR_ARGUMENT);
 
 	ok(kvmi_vm_control_cleanup(vm, true, err));
@@ -1878,6 +1890,48 @@ static void test_vsock(void)
 	done(sim, vm);
 }
 
+/* Waits for QEMU, and for one that knows the secret */
+static void test_listener_wait(void)
+{
+	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(folder, "socket", NULL);
+	gint64 begin = g_get_monotonic_time();
+	struct kvmi_listener *listener;
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+	int i;
+
+	listener = kvmi_listener_new_unix(path, 0, &err);
+	g_assert_nonnull(listener);
+	fails(kvmi_listener_wait(listener, 0, &vm, err), KVMI_ERR_NOTHING);
+	fails(kvmi_listener_wait(listener, 100, &vm, err), KVMI_ERR_NOTHING);
+	g_assert_cmpint(g_get_monotonic_time() - begin, >=, 95000);
+	g_assert_null(vm);
+	fails(kvmi_listener_wait(listener, 0, NULL, err), KVMI_ERR_ARGUMENT);
+	fails(kvmi_listener_set_secret(listener, "", 0, err),
+	      KVMI_ERR_ARGUMENT);
+	fails(kvmi_listener_set_secret(listener, path, KVMI_SECRET_MAX + 1, err),
+	      KVMI_ERR_ARGUMENT);
+	ok(kvmi_listener_set_secret(listener, "open sesame", 11, err));
+
+	for (i = 0; i < 2; i++) {
+		struct sim *sim = sim_new();
+
+		sim->secret = i ? NULL : "open sesame";
+		sim_connect(sim, path);
+		ok(kvmi_listener_wait(listener, -1, &vm, err));
+		if (i) {
+			fails(kvmi_vm_connect(vm, 0, 0, err), KVMI_ERR_AUTH);
+		} else {
+			ok(kvmi_vm_connect(vm, 0, 0, err));
+			g_assert_true(sim->good_proof);
+		}
+		done(sim, vm);
+	}
+	kvmi_listener_free(listener);
+	g_assert_cmpint(g_rmdir(folder), ==, 0);
+}
+
 static void test_listener(void)
 {
 	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
@@ -2022,6 +2076,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/calls/end", test_calls_end);
 	g_test_add_func("/lib/vsock", test_vsock);
 	g_test_add_func("/lib/listener", test_listener);
+	g_test_add_func("/lib/listener/wait", test_listener_wait);
 
 	return g_test_run();
 }

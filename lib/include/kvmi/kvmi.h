@@ -6,11 +6,10 @@
  * each VM and again whenever the VM resumes:
  *
  *	listener = kvmi_listener_new_unix("/run/kvmi.sock", 0, &err);
- *	... poll kvmi_listener_fd(listener) for POLLIN ...
- *	kvmi_listener_accept(listener, &vm, &err);
+ *	kvmi_listener_wait(listener, -1, &vm, &err);
  *	kvmi_vm_connect(vm, commands, events, &err);
  *	kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &err);
- *	kvmi_vcpu_control_events(vm, 0, KVMI_EV_BREAKPOINT, true, &err);
+ *	kvmi_vcpu_control_events(vm, KVMI_ALL_VCPUS, KVMI_EV_CR, true, &err);
  *	for (;;) {
  *		struct kvmi_vm_event *ev;
  *
@@ -31,9 +30,10 @@
  *
  * TIME.  All times are in milliseconds.  Nothing here waits for longer than
  * the handle's timeout (kvmi_vm_set_timeout(), 5000 at first) without the
- * other side making progress.  Commands to a vCPU (kvmi_vcpu_*) are answered
- * by the thread of that vCPU, so they time out while the VM is paused.  After
- * KVMI_ERR_TIMEOUT the handle is still good: a late answer is thrown away.
+ * other side making progress, unless a time is given.  Commands to a vCPU
+ * (kvmi_vcpu_*) are answered by the thread of that vCPU, so they time out while
+ * the VM is paused.  After KVMI_ERR_TIMEOUT the handle is still good: a late
+ * answer is thrown away.
  *
  * UNITS.  Addresses and sizes are in bytes.  A gpa is a guest-physical
  * address, a gva is a virtual one.  vCPUs are counted from 0, in the order of
@@ -201,6 +201,14 @@ enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
 				       const void *key, size_t size,
 				       struct kvmi_error *err);
 
+/*
+ * kvmi_vm_set_secret() with each connection: only with QEMUs that know the secret
+ * (auth=hmac).  1...KVMI_SECRET_MAX bytes.
+ */
+enum kvmi_status kvmi_listener_set_secret(struct kvmi_listener *listener,
+					  const void *secret, size_t size,
+					  struct kvmi_error *err);
+
 /* To be polled for POLLIN.  Belongs to the listener. */
 int kvmi_listener_fd(const struct kvmi_listener *listener);
 
@@ -211,6 +219,13 @@ int kvmi_listener_fd(const struct kvmi_listener *listener);
 enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
 				      struct kvmi_vm **vm,
 				      struct kvmi_error *err);
+
+/*
+ * The same, and waits at most ms (negative: for ever) until there is one.
+ * KVMI_ERR_NOTHING: there was none, or the thread has handled a signal.
+ */
+enum kvmi_status kvmi_listener_wait(struct kvmi_listener *listener, int ms,
+				    struct kvmi_vm **vm, struct kvmi_error *err);
 
 /* Also deletes the socket, if it is still the one that was made here.
  * Connections live on. */
@@ -627,6 +642,14 @@ enum kvmi_status kvmi_vm_control_cleanup(struct kvmi_vm *vm, bool enable,
 /* In Hz; 0 if the host cannot scale the time-stamp counter */
 enum kvmi_status kvmi_vcpu_get_tsc_speed(struct kvmi_vm *vm, unsigned int vcpu,
 					 uint64_t *hz, struct kvmi_error *err);
+
+/*
+ * In place of the number of a vCPU, for kvmi_vcpu_control_events(),
+ * kvmi_vcpu_control_cr() and kvmi_vcpu_control_msr(): all that have started; to
+ * be called again for those that start later.  Needs KVMI_CMD_VM_GET_INFO.  Ends
+ * with the first failure; KVMI_ERR_NOT_STARTED: none has started.
+ */
+#define KVMI_ALL_VCPUS 0xffffffffu
 
 /*
  * All events but UNHOOK, PAUSE, TRAP and (see kvmi_vcpu_control_singlestep())
