@@ -35,9 +35,16 @@ int parse_number(const char *text, uint64_t least, uint64_t most,
 
 void format_uuid(const uint8_t uuid[16], char text[37]);
 
+/* Where VMs connect, from the command line */
+struct where {
+	const char *socket;
+	const char *key_file;	/* NULL: no key */
+	unsigned int mode;	/* 0: the library's default */
+	bool mutual;		/* only QEMUs that know the key */
+};
+
 /* Complains by itself */
-struct kvmi_listener *start_listening(const char *socket, const char *key_file,
-				      unsigned int mode);
+struct kvmi_listener *start_listening(const struct where *where);
 
 /* ------------------------------------------------------------------------
  * What the commands that look at one VM and go have in common
@@ -45,11 +52,9 @@ struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 
 struct one_vm {
 	/* from the command line */
-	const char *socket;
-	const char *key_file;
+	struct where where;
 	const char *map_path;
 	const char *btf_path;
-	unsigned int mode;	/* 0: the library's default */
 	unsigned int timeout_s;	/* 0: wait for ever */
 	bool json;
 	bool pause;
@@ -70,6 +75,7 @@ struct one_vm {
 	{ "socket", required_argument, NULL, 's' }, \
 	{ "mode", required_argument, NULL, 'M' }, \
 	{ "key-file", required_argument, NULL, 'k' }, \
+	{ "mutual", no_argument, NULL, 'A' }, \
 	{ "help", no_argument, NULL, 'h' }
 #define ONE_VM_TIMEOUT "t:"
 #define ONE_VM_TIMEOUT_OPTIONS { "timeout", required_argument, NULL, 't' }
@@ -88,6 +94,8 @@ struct one_vm {
 "      --mode OCTAL       permissions of the socket (default: 0600)\n" \
 "  -k, --key-file FILE    the secret that the key= property of QEMU's kvmi\n" \
 "                         object stands for\n" \
+"      --mutual           only VMs whose QEMU proves that it knows the secret:\n" \
+"                         with auth=hmac\n" \
 "  -h, --help             print this\n"
 #define ONE_VM_TIMEOUT_HELP \
 "  -t, --timeout SEC      wait no longer than that for a VM (default: for ever)\n"

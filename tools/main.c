@@ -86,16 +86,21 @@ static struct kvmi_listener *listen_on(const char *socket, unsigned int mode,
 	return kvmi_listener_new_vsock(port, err);
 }
 
-struct kvmi_listener *start_listening(const char *socket, const char *key_file,
-				      unsigned int mode)
+struct kvmi_listener *start_listening(const struct where *where)
 {
+	const char *key_file = where->key_file;
+	enum kvmi_status status = KVMI_OK;
 	struct kvmi_listener *listener = NULL;
 	struct kvmi_error err;
 	uint8_t key[4097];
 	ssize_t size = 0;
 
-	if (!socket) {
+	if (!where->socket) {
 		complain("--socket PATH is missing");
+		return NULL;
+	}
+	if (where->mutual && !key_file) {
+		complain("--mutual needs --key-file FILE");
 		return NULL;
 	}
 	if (key_file) {
@@ -116,9 +121,12 @@ struct kvmi_listener *start_listening(const char *socket, const char *key_file,
 		}
 	}
 
-	listener = listen_on(socket, mode, &err);
-	if (listener && size &&
-	    kvmi_listener_set_key(listener, key, size, &err) != KVMI_OK) {
+	listener = listen_on(where->socket, where->mode, &err);
+	if (listener && where->mutual)
+		status = kvmi_listener_set_secret(listener, key, size, &err);
+	else if (listener && size)
+		status = kvmi_listener_set_key(listener, key, size, &err);
+	if (status != KVMI_OK) {
 		kvmi_listener_free(listener);
 		listener = NULL;
 	}

@@ -43,17 +43,21 @@ int one_vm_option(struct one_vm *one, int option, const char *help)
 
 	switch (option) {
 	case 'M':
-		one->mode = strtoul(optarg, &end, 8);
-		if (*end || !one->mode || one->mode > 0777) {
+		one->where.mode = strtoul(optarg, &end, 8);
+		if (*end || !one->where.mode ||
+		    one->where.mode > 0777) {
 			complain("--mode wants an octal number from 1 to 0777");
 			return EXIT_USAGE;
 		}
 		return -1;
 	case 's':
-		one->socket = optarg;
+		one->where.socket = optarg;
 		return -1;
 	case 'k':
-		one->key_file = optarg;
+		one->where.key_file = optarg;
+		return -1;
+	case 'A':
+		one->where.mutual = true;
 		return -1;
 	case 't':
 		if (parse_number(optarg, 1, 1000000, &number)) {
@@ -87,8 +91,8 @@ int one_vm_options_end(struct one_vm *one, const char *command,
 {
 	char text[512];
 
-	if (arguments != wanted || !one->socket) {
-		complain("%s; see kvmi %s --help", !one->socket ?
+	if (arguments != wanted || !one->where.socket) {
+		complain("%s; see kvmi %s --help", !one->where.socket ?
 			 "--socket PATH is missing" : arguments > wanted ?
 			 "too many arguments" : "arguments are missing",
 			 command);
@@ -115,7 +119,7 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 	struct kvmi_error err;
 	enum kvmi_status status;
 
-	listener = start_listening(one->socket, one->key_file, one->mode);
+	listener = start_listening(&one->where);
 	if (!listener)
 		return EXIT_PROBLEM;
 
@@ -132,7 +136,8 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 
 		if (one->end_ms && now_ms() >= one->end_ms) {
 			complain(vm ? "a VM has connected to %s, but it is paused" :
-				 "no VM has connected to %s", one->socket);
+				 "no VM has connected to %s",
+				 one->where.socket);
 			result = EXIT_NO_VM;
 			break;
 		}
@@ -155,7 +160,8 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 		complain("%s", err.message);
 		kvmi_vm_close(vm);
 		vm = NULL;
-		if (status == KVMI_ERR_SYSTEM)
+		/* neither will be better with the next connection */
+		if (status == KVMI_ERR_SYSTEM || status == KVMI_ERR_AUTH)
 			break;
 	}
 	kvmi_vm_close(vm);

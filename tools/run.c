@@ -507,16 +507,16 @@ int run_main(struct run *run)
 		complain("cannot start: %s", strerror(errno));
 		return EXIT_PROBLEM;
 	}
-	listener = start_listening(run->one.socket, run->one.key_file,
-				   run->one.mode);
+	listener = start_listening(&run->one.where);
 	if (!listener)
 		return EXIT_PROBLEM;
 	if (run->one.json) {
 		json_start(&line, now_us(), "listening");
-		json_string(&line, "socket", run->one.socket);
+		json_string(&line, "socket", run->one.where.socket);
 		json_end(&line, false);
 	} else {
-		human(now_us(), false, "waiting for VMs on %s", run->one.socket);
+		human(now_us(), false, "waiting for VMs on %s",
+		      run->one.where.socket);
 	}
 
 	listen_for_vms(run, listener, signal_fd);

@@ -34,6 +34,8 @@ static const char help[] =
 "      --mode OCTAL        permissions of the socket (default: 0600)\n"
 "  -k, --key-file FILE     the secret that the key= property of QEMU's kvmi\n"
 "                          object stands for\n"
+"      --mutual            only VMs whose QEMU proves that it knows the secret:\n"
+"                          with auth=hmac\n"
 "  -b, --break WHERE       SYMBOL, SYMBOL+OFFSET, or an address in the guest\n"
 "                          (0x...); can be given many times.  It must be where an\n"
 "                          instruction begins; that cannot be checked\n"
@@ -74,6 +76,7 @@ static const char help[] =
 
 enum {
 	OPTION_MODE = 256,
+	OPTION_MUTUAL,
 	OPTION_SHOW,
 	OPTION_SPREAD,
 	OPTION_SYSCALL,
@@ -301,13 +304,13 @@ static int add_file(struct watch *watch, const char *path)
 }
 
 static int parse_options(struct watch *watch, int argc, char **argv,
-			 const char **socket, const char **key_file,
-			 unsigned int *mode)
+			 struct where *where)
 {
 	static const struct option options[] = {
 		{ "socket", required_argument, NULL, 's' },
 		{ "mode", required_argument, NULL, OPTION_MODE },
 		{ "key-file", required_argument, NULL, 'k' },
+		{ "mutual", no_argument, NULL, OPTION_MUTUAL },
 		{ "break", required_argument, NULL, 'b' },
 		{ "break-file", required_argument, NULL, 'f' },
 		/*
@@ -334,17 +337,20 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 				     NULL)) >= 0) {
 		switch (option) {
 		case 's':
-			*socket = optarg;
+			where->socket = optarg;
 			break;
 		case OPTION_MODE:
-			*mode = strtoul(optarg, &end, 8);
-			if (*end || !*mode || *mode > 0777) {
+			where->mode = strtoul(optarg, &end, 8);
+			if (*end || !where->mode || where->mode > 0777) {
 				complain("--mode wants an octal number from 1 to 0777");
 				return EXIT_USAGE;
 			}
 			break;
 		case 'k':
-			*key_file = optarg;
+			where->key_file = optarg;
+			break;
+		case OPTION_MUTUAL:
+			where->mutual = true;
 			break;
 		case 'b':
 			if (!*optarg || add_spec(watch, "", optarg, false)) {
@@ -411,7 +417,7 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 			 argv[optind]);
 		return EXIT_USAGE;
 	}
-	if (!*socket) {
+	if (!where->socket) {
 		complain("--socket PATH is missing; see kvmi watch --help");
 		return EXIT_USAGE;
 	}
@@ -568,13 +574,12 @@ int watch_main(int argc, char **argv)
 		.changed = PTHREAD_COND_INITIALIZER,
 		.stop_fd = -1,
 	};
-	const char *socket = NULL, *key_file = NULL;
 	struct kvmi_listener *listener = NULL;
 	int result, signal_fd = -1;
-	unsigned int mode = 0;
+	struct where where = { 0 };
 	sigset_t signals;
 
-	result = parse_options(&watch, argc, argv, &socket, &key_file, &mode);
+	result = parse_options(&watch, argc, argv, &where);
 	if (result >= 0)
 		goto out;
 	result = EXIT_PROBLEM;
@@ -592,17 +597,17 @@ int watch_main(int argc, char **argv)
 		goto out;
 	}
 
-	listener = start_listening(socket, key_file, mode);
+	listener = start_listening(&where);
 	if (!listener)
 		goto out;
 	if (watch.json) {
 		struct line line;
 
 		json_start(&line, now_us(), "listening");
-		json_string(&line, "socket", socket);
+		json_string(&line, "socket", where.socket);
 		json_end(&line, false);
 	} else {
-		human(now_us(), false, "waiting for VMs on %s", socket);
+		human(now_us(), false, "waiting for VMs on %s", where.socket);
 	}
 
 	if (listen_and_watch(&watch, listener, signal_fd)) {
