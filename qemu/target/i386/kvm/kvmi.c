@@ -163,14 +163,69 @@ static void kvmi_change_state(KVMIObject *s, KvmiState state)
     kvmi_watch_silence(s, 0);
 }
 
+static int kvmi_ioctl(KVMIObject *s, unsigned long request, void *arg)
+{
+    int ret = kvmi_kvm_ioctl(request, arg);
+
+    trace_kvmi_ioctl(s->id, request & 0xff, ret);
+    return ret;
+}
+
+static KvmiReason kvmi_reason(uint32_t reason)
+{
+    switch (reason) {
+    case KVM_INTROSPECTION_END_UNHOOK:
+        return KVMI_REASON_UNHOOK;
+    case KVM_INTROSPECTION_END_CLOSED:
+        return KVMI_REASON_CLOSED;
+    case KVM_INTROSPECTION_END_PROTOCOL:
+        return KVMI_REASON_PROTOCOL;
+    case KVM_INTROSPECTION_END_UNREAD:
+        return KVMI_REASON_UNREAD;
+    case KVM_INTROSPECTION_END_NOMEM:
+        return KVMI_REASON_NO_MEMORY;
+    case KVM_INTROSPECTION_END_KILLED:
+        return KVMI_REASON_KILLED;
+    default:
+        return KVMI_REASON_UNKNOWN;
+    }
+}
+
+/* This connection won't be used any more.  The chardev makes another one. */
+static void kvmi_drop_connection(KVMIObject *s)
+{
+    QIOChannelSocket *sioc = g_steal_pointer(&s->sioc);
+
+    if (sioc) {
+        /* The chardev sees the hang-up in its own time */
+        qio_channel_shutdown(QIO_CHANNEL(sioc), QIO_CHANNEL_SHUTDOWN_BOTH,
+                             NULL);
+        object_unref(OBJECT(sioc));
+    }
+}
+
+/*
+ * What comes after an UNHOOK but need not make a stop any longer: what has
+ * become of the session, and the connection's end
+ */
 static void kvmi_tell_unhooked(KVMIObject *s)
 {
+    struct kvm_introspection_status status = { };
     KvmiUnhook *unhook = &s->last_unhook;
 
     if (!s->untold) {
         return;
     }
     s->untold = false;
+
+    kvmi_drop_connection(s);
+    if (kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status) == 0) {
+        QEMU_LOCK_GUARD(&kvmi_lock);
+        unhook->has_restored = true;
+        unhook->restored = status.restored;
+        unhook->has_reason = true;
+        unhook->reason = kvmi_reason(status.reason);
+    }
     qapi_event_send_kvmi_state_changed(s->id, KVMI_STATE_UNHOOKED);
     qapi_event_send_kvmi_unhooked(s->id, unhook->action, unhook->outcome,
                                   unhook->duration, unhook->has_restored,
@@ -208,19 +263,6 @@ static void kvmi_set_deadline(KVMIObject *s, uint32_t ms)
     timer_mod(s->deadline, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
 }
 
-/* This connection won't be used any more.  The chardev makes another one. */
-static void kvmi_drop_connection(KVMIObject *s)
-{
-    QIOChannelSocket *sioc = g_steal_pointer(&s->sioc);
-
-    if (sioc) {
-        /* The chardev sees the hang-up in its own time */
-        qio_channel_shutdown(QIO_CHANNEL(sioc), QIO_CHANNEL_SHUTDOWN_BOTH,
-                             NULL);
-        object_unref(OBJECT(sioc));
-    }
-}
-
 static bool kvmi_hung_up(KVMIObject *s)
 {
     struct pollfd pfd = { .fd = s->sioc->fd };
@@ -231,14 +273,6 @@ static bool kvmi_hung_up(KVMIObject *s)
 /*
  * KVM
  */
-
-static int kvmi_ioctl(KVMIObject *s, unsigned long request, void *arg)
-{
-    int ret = kvmi_kvm_ioctl(request, arg);
-
-    trace_kvmi_ioctl(s->id, request & 0xff, ret);
-    return ret;
-}
 
 /*
  * Is there KVM introspection?  Returns its version, or 0.
@@ -321,44 +355,15 @@ static void kvmi_begin(KVMIObject *s, KvmiAction action)
     s->begin_us = g_get_monotonic_time();
 }
 
-static KvmiReason kvmi_reason(uint32_t reason)
-{
-    switch (reason) {
-    case KVM_INTROSPECTION_END_UNHOOK:
-        return KVMI_REASON_UNHOOK;
-    case KVM_INTROSPECTION_END_CLOSED:
-        return KVMI_REASON_CLOSED;
-    case KVM_INTROSPECTION_END_PROTOCOL:
-        return KVMI_REASON_PROTOCOL;
-    case KVM_INTROSPECTION_END_UNREAD:
-        return KVMI_REASON_UNREAD;
-    case KVM_INTROSPECTION_END_NOMEM:
-        return KVMI_REASON_NO_MEMORY;
-    case KVM_INTROSPECTION_END_KILLED:
-        return KVMI_REASON_KILLED;
-    default:
-        return KVMI_REASON_UNKNOWN;
-    }
-}
-
 /* KVM lets go of the guest.  Every session ends here. */
 static void kvmi_unhook(KVMIObject *s, KvmiOutcome outcome)
 {
     bool waited = s->state == KVMI_STATE_UNHOOKING;
     KvmiUnhook unhook = { .action = s->action, .outcome = outcome };
-    struct kvm_introspection_status status = { };
     int ret;
 
     timer_del(s->deadline);
     ret = kvmi_ioctl(s, KVM_INTROSPECTION_UNHOOK, NULL);
-    kvmi_drop_connection(s);
-    if (kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status) == 0) {
-        unhook.has_restored = true;
-        unhook.restored = status.restored;
-        unhook.has_reason = true;
-        unhook.reason = kvmi_reason(status.reason);
-    }
-
     unhook.duration = g_get_monotonic_time() - s->begin_us;
     trace_kvmi_unhook(s->id, ret);
     WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
@@ -599,6 +604,7 @@ static void kvmi_opened(KVMIObject *s)
     SocketChardev *sock = SOCKET_CHARDEV(s->chr.chr);
 
     trace_kvmi_connected(s->id, s->peer);
+    kvmi_tell_unhooked(s);
     kvmi_drop_connection(s);
     s->sioc = QIO_CHANNEL_SOCKET(object_ref(OBJECT(sock->sioc)));
     if (kvmi_hung_up(s)) {
@@ -613,7 +619,6 @@ static void kvmi_closed(KVMIObject *s)
     Error *err = NULL;
 
     trace_kvmi_hangup(s->id, KvmiState_str(s->state));
-    kvmi_drop_connection(s);
 
     switch (s->state) {
     case KVMI_STATE_HANDSHAKE:
@@ -629,6 +634,7 @@ static void kvmi_closed(KVMIObject *s)
         kvmi_unhook(s, KVMI_OUTCOME_CLEAN);
         break;
     default:
+        kvmi_drop_connection(s);
         break;
     }
 }
