@@ -271,11 +271,11 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi)
 	if (!sock)
 		return;
 
-	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
 	kvmi_session_end(kvmi, atomic_read(&kvmi->session),
 			 KVM_INTROSPECTION_END_UNHOOK);
-	kernel_sock_shutdown(sock, SHUT_RDWR);
 	kvmi_stop_listening(kvmi);
+	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
+	kernel_sock_shutdown(sock, SHUT_RDWR);
 
 	/* Nobody waits for the tool now, so this doesn't either */
 	mutex_lock(&kvmi->recv_lock);
