@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -678,6 +679,7 @@ static void finish(struct session *s)
 	uint64_t hits = 0;
 	struct line line;
 	size_t i, left;
+	int64_t ts;
 
 	if (!is_lost(s, KVMI_OK, NULL))
 		clean(s, reason);
@@ -698,9 +700,12 @@ static void finish(struct session *s)
 	}
 	kvmi_vm_close(s->vm);
 	s->vm = NULL;
+	ts = now_us();
+	/* QEMU is waiting for this, and what is left to do here can wait */
+	sched_yield();
 
 	if (s->watch->json) {
-		start_line(s, &line, now_us(), "closed");
+		start_line(s, &line, ts, "closed");
 		json_string(&line, "reason", reason);
 		if (s->lost) {
 			json_string(&line, "detail", s->error.message);
@@ -709,10 +714,10 @@ static void finish(struct session *s)
 		json_number(&line, "hits", hits);
 		json_end(&line, false);
 	} else if (s->lost) {
-		human(now_us(), false, "%s: connection lost: %s (%zu breakpoints were in the guest; if it comes back with them, they are taken over)",
+		human(ts, false, "%s: connection lost: %s (%zu breakpoints were in the guest; if it comes back with them, they are taken over)",
 		      record->label, s->error.message, left);
 	} else {
-		human(now_us(), false, "%s: connection closed", record->label);
+		human(ts, false, "%s: connection closed", record->label);
 	}
 }
 
