@@ -27,7 +27,8 @@ def matrix():
 
 LONG = ("gate_migrate_stock", "gate_suspend_with_hung_tool")
 # Those that take the most time, run while pytest runs the others
-MEANWHILE = ("gate_migrate_to_file", "gate_cut", "gate_shutdown", "gate_reset")
+MEANWHILE = ("gate_migrate_to_file", "gate_cut", "gate_shutdown", "gate_reset", "gate_background_snapshot", "gate_disk_and_network",
+             "gate_crash", "gate_suspend", "gate_suspend_with_tool")
 
 
 def names(wanted):

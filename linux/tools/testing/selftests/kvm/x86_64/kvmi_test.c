@@ -4197,7 +4197,33 @@ KVM_ONE_VCPU_TEST(kvmi, signal_late_registers, guest_break_rax)
 	unhook(vm);
 }
 
-/* The same with the session's end: its commands don't come late, either */
+/* What a VMM does after each pause is no other state */
+KVM_ONE_VCPU_TEST(kvmi, signal_same_registers, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs, set;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	interrupt(&r);
+	vcpu_regs_get(vcpu, &regs);
+	vcpu_regs_set(vcpu, &regs);
+	start(&r, vcpu);
+	set = ev.common.arch.regs;
+	set.rip++;
+	set.rax = 0x1111;
+	assert_err(set_registers(0, &set), 0);
+	reply_retry(&ev);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, result), 0x1111);
+	TEST_ASSERT_EQ(guest_read(vm, traps), 0);
+	assert_quiet();
+	stop_guest(&r);
+	unhook(vm);
+}
+
+/* signal_late_registers with the session's end: no command comes late, either */
 KVM_ONE_VCPU_TEST(kvmi, signal_late_registers_abandoned, guest_break_rax)
 {
 	struct kvmi_vcpu_control_events req = {
