@@ -19,10 +19,8 @@
 static const u8 kvmi_gprs[] = {
 	VCPU_REGS_RAX, VCPU_REGS_RBX, VCPU_REGS_RCX, VCPU_REGS_RDX,
 	VCPU_REGS_RSI, VCPU_REGS_RDI, VCPU_REGS_RSP, VCPU_REGS_RBP,
-#ifdef CONFIG_X86_64
 	VCPU_REGS_R8, VCPU_REGS_R9, VCPU_REGS_R10, VCPU_REGS_R11,
 	VCPU_REGS_R12, VCPU_REGS_R13, VCPU_REGS_R14, VCPU_REGS_R15,
-#endif
 };
 
 bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu)
@@ -143,6 +141,12 @@ void __kvmi_regs_set(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
 	if (memcmp(&old, regs, sizeof(old)))
 		vcpu->kvmi->ev.moved = true;
 	__kvmi_step_moved(vcpu, regs->rip);
+}
+
+/* At once, as the guest may write there too */
+bool kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new)
+{
+	return !__try_cmpxchg_user(ptr, &old, new, efault);
 }
 
 bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)

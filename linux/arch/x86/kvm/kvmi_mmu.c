@@ -9,10 +9,11 @@
  * it from what is not; what EPT or NPT can't express (no read but write, and
  * with NPT all that is without read) isn't mapped at all.  Whatever faults is
  * emulated: the emulator asks before each access.  If there is something that
- * the tool shall know, the emulation is given up, the event is raised, and
- * when the tool lets the guest go on, the instruction is emulated again with
- * this access granted.  Hence the events of an instruction come in the order
- * of its accesses, one for each page and kind of access.
+ * the tool shall know, the event is raised.  When the tool just lets the guest
+ * go on, so does the emulator; for anything else the emulation is given up,
+ * and the instruction is emulated again, with this access granted, when the
+ * run loop comes to that.  Hence the events of an instruction come in the
+ * order of its accesses, one for each page and kind of access.
  *
  * The emulator doesn't know all instructions, and it can't deliver an
  * interrupt or an exception.  The event says so then (KVMI_PF_NOT_EMULATED),
@@ -234,19 +235,6 @@ bool __kvmi_page_fault_denied(struct kvm_vcpu *vcpu,
 		 kvmi_fault_access(fault));
 }
 
-static bool kvmi_raise_pf(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
-			  u8 access, u8 flags)
-{
-	struct kvmi_vcpu_event_pf data = {
-		.gva = gva,
-		.gpa = gpa,
-		.access = access,
-		.flags = flags,
-	};
-
-	return kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PF, &data, sizeof(data));
-}
-
 /* What belongs to an earlier exit, hence to another access, doesn't count */
 static struct kvmi_pf *kvmi_this_pf(struct kvm_vcpu *vcpu)
 {
@@ -270,8 +258,14 @@ static void kvmi_lift_restriction(struct kvm *kvm, gpa_t gpa)
 static void kvmi_raise_unemulated(struct kvm_vcpu *vcpu,
 				  const struct kvmi_pf *pf)
 {
-	if (kvmi_raise_pf(vcpu, ~0ul, pf->gpa, pf->access,
-			  KVMI_PF_NOT_EMULATED))
+	const struct kvmi_vcpu_event_pf data = {
+		.gva = ~0ul,
+		.gpa = pf->gpa,
+		.access = pf->access,
+		.flags = KVMI_PF_NOT_EMULATED,
+	};
+
+	if (kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PF, &data, sizeof(data)))
 		return;
 
 	pr_warn_ratelimited("introspection: no longer restricted, as an access can't be emulated: gpa 0x%llx\n",
@@ -313,18 +307,26 @@ int __kvmi_page_fault(struct kvm_vcpu *vcpu, const struct kvm_page_fault *fault)
 bool __kvmi_emulation_ended(struct kvm_vcpu *vcpu,
 			    const struct x86_emulate_ctxt *ctxt, int r)
 {
-	struct kvmi_pf *pf;
+	struct kvmi_pf *pf = kvmi_this_pf(vcpu);
 	bool unknown;
 
 	if (vcpu->kvmi->ev.open)
 		return true;
+
+	/*
+	 * The instruction is over, unless there is more of it or userspace has
+	 * to do a part.  Another one has to ask for itself, even if KVM
+	 * emulates it without an exit in between.
+	 */
+	if (r != EMULATION_RESTART && !vcpu->mmio_needed &&
+	    !vcpu->arch.pio.count && !vcpu->arch.complete_userspace_io)
+		pf->nr_granted = 0;
 
 	/* Many that it doesn't know look undefined to it */
 	if (ctxt->have_exception)
 		unknown = ctxt->exception.vector == UD_VECTOR;
 	else
 		unknown = r == EMULATION_FAILED;
-	pf = kvmi_this_pf(vcpu);
 	if (!unknown || !pf->faulted)
 		return false;
 
@@ -345,12 +347,35 @@ static bool kvmi_granted(const struct kvmi_pf *pf, gfn_t gfn, u8 access)
 	return false;
 }
 
+static void kvmi_grant(struct kvmi_pf *pf, gfn_t gfn, u8 access)
+{
+	/* Unheard of, but then the guest makes these accesses once more */
+	if (pf->nr_granted == ARRAY_SIZE(pf->granted))
+		pf->nr_granted = 0;
+	pf->granted[pf->nr_granted].gfn = gfn;
+	pf->granted[pf->nr_granted].access = access;
+	pf->nr_granted++;
+}
+
+/*
+ * A far call loads CS before it pushes the old one, and what comes from
+ * linear addresses may be in the midst of a task switch; the tool is to see
+ * the guest as it was before the instruction.
+ */
+static bool kvmi_half_done(const struct x86_emulate_ctxt *ctxt)
+{
+	return ctxt->b == 0x9a || (ctxt->b == 0xff && ctxt->modrm_reg == 3);
+}
+
 static noinline bool kvmi_ask_access(struct kvm_vcpu *vcpu, gva_t gva,
-				     gpa_t gpa, u64 pfec)
+				     gpa_t gpa, u64 pfec, bool at_once)
 {
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
+	struct kvmi_vcpu_event_pf data = {
+		.gva = gva,
+		.gpa = gpa,
+	};
 	gfn_t gfn = gpa_to_gfn(gpa);
-	u8 access;
 
 	if (is_guest_mode(vcpu) || is_smm(vcpu) || vcpu->kvmi->arch.injecting)
 		return false;
@@ -360,18 +385,26 @@ static noinline bool kvmi_ask_access(struct kvm_vcpu *vcpu, gva_t gva,
 		return true;
 
 	if (pfec & PFERR_FETCH_MASK)
-		access = KVMI_PAGE_ACCESS_X;
+		data.access = KVMI_PAGE_ACCESS_X;
 	else if (pfec & PFERR_WRITE_MASK)
-		access = KVMI_PAGE_ACCESS_W;
+		data.access = KVMI_PAGE_ACCESS_W;
 	else
-		access = KVMI_PAGE_ACCESS_R;
+		data.access = KVMI_PAGE_ACCESS_R;
 
-	if (kvmi_page_access(kvmi, gfn) & access ||
-	    kvmi_granted(kvmi_this_pf(vcpu), gfn, access) ||
+	if (kvmi_page_access(kvmi, gfn) & data.access ||
+	    kvmi_granted(kvmi_this_pf(vcpu), gfn, data.access) ||
 	    !kvm_vcpu_is_visible_gfn(vcpu, gfn))
 		return false;
 
-	return kvmi_raise_pf(vcpu, gva, gpa, access, 0);
+	if (!at_once)
+		return kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_PF, &data,
+				       sizeof(data));
+
+	if (kvmi_vcpu_ask(vcpu, KVMI_VCPU_EVENT_PF, &data, sizeof(data)))
+		return true;
+
+	kvmi_grant(kvmi_this_pf(vcpu), gfn, data.access);
+	return false;
 }
 
 /* Returns true if the tool must be asked first, so this isn't to be done now */
@@ -380,7 +413,8 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 {
 	/* Apart from the rest, as it is so often all there is to do */
 	return !xa_empty(&vcpu->kvm->kvmi->page_access) &&
-	       kvmi_ask_access(vcpu, gva, gpa, pfec);
+	       kvmi_ask_access(vcpu, gva, gpa, pfec,
+			       !kvmi_half_done(vcpu->arch.emulate_ctxt));
 }
 
 /*
@@ -411,7 +445,7 @@ bool __kvmi_emulator_access_std(struct kvm_vcpu *vcpu, gva_t gva,
 		gpa = mmu->gva_to_gpa(vcpu, mmu, gva, pfec, &e);
 		if (gpa == INVALID_GPA)
 			return false;
-		if (__kvmi_emulator_access(vcpu, gva, gpa, pfec))
+		if (kvmi_ask_access(vcpu, gva, gpa, pfec, false))
 			return true;
 	}
 
@@ -422,8 +456,6 @@ int kvmi_pf_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 		 bool abandoned)
 {
 	const struct kvmi_vcpu_event_pf *data = (const void *)ev->data;
-	struct kvmi_pf *pf = kvmi_this_pf(vcpu);
-	int r;
 
 	/* Nothing is restricted any more */
 	if (abandoned)
@@ -434,22 +466,6 @@ int kvmi_pf_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 		return 1;
 	}
 
-	/* Unheard of, but then the guest makes these accesses once more */
-	if (pf->nr_granted == ARRAY_SIZE(pf->granted))
-		pf->nr_granted = 0;
-	pf->granted[pf->nr_granted].gfn = gpa_to_gfn(data->gpa);
-	pf->granted[pf->nr_granted].access = data->access;
-	pf->nr_granted++;
-
-	r = kvm_emulate_instruction(vcpu, 0);
-
-	/*
-	 * The instruction is over, unless it has come to the next access, or
-	 * userspace has to do a part of it.  Another one has to ask for itself,
-	 * even if KVM emulates it without an exit in between.
-	 */
-	if (r > 0 && !vcpu->kvmi->ev.open)
-		pf->nr_granted = 0;
-
-	return r;
+	kvmi_grant(kvmi_this_pf(vcpu), gpa_to_gfn(data->gpa), data->access);
+	return kvm_emulate_instruction(vcpu, 0);
 }

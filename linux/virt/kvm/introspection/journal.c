@@ -208,13 +208,12 @@ static bool kvmi_journal_restore_one(struct kvm *kvm,
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
 	bool restored;
-	u8 now;
 
+	/* The guest, which runs, may just be changing it */
 	hva = kvmi_hva(kvm, entry->gpa, &slot);
-	restored = !kvm_is_error_hva(hva) &&
-		   !__get_user(now, (u8 __user *)hva) &&
-		   now == entry->written && now != entry->before &&
-		   !__put_user(entry->before, (u8 __user *)hva);
+	restored = !kvm_is_error_hva(hva) && entry->written != entry->before &&
+		   kvmi_arch_replace_byte((u8 __user *)hva, entry->written,
+					  entry->before);
 	if (restored)
 		kvmi_mark_dirty(slot, entry->gpa);
 

@@ -79,6 +79,11 @@
 /* What an event says beyond the state of the vCPU */
 #define KVMI_MAX_EVENT_DATA 24
 
+/* The body of an event's reply: no event asks for more than a value */
+#define KVMI_MAX_EVENT_REPLY (sizeof(struct kvmi_vcpu_hdr) + \
+			      sizeof(struct kvmi_vcpu_event_reply) + \
+			      sizeof(u64))
+
 /* A message with its header */
 #define KVMI_MSG_BUF_SIZE (sizeof(struct kvmi_msg_hdr) + KVMI_MAX_MSG_SIZE)
 
@@ -109,7 +114,7 @@ struct kvm_introspection {
 	struct mutex send_lock;		/* one message at a time */
 	struct socket *sock;
 	struct vhost_task *receiver;
-	bool receiver_killed;
+	bool receiver_killed;		/* lock */
 	u8 uuid[16];
 
 	/* Wakes a reader */
@@ -141,6 +146,7 @@ struct kvm_introspection {
 
 	void *in;		/* KVMI_MSG_BUF_SIZE bytes */
 	size_t in_size;		/* bytes that have arrived */
+	bool drained;		/* the socket had no more than that */
 	struct kvmi_out out;
 };
 
@@ -171,6 +177,7 @@ struct kvm_vcpu_introspection {
 	spinlock_t lock;		/* the queue, pauses, ev */
 	struct list_head jobs;
 	unsigned int nr_jobs;
+	struct kvmi_job *reply;		/* one of jobs while ev.answered */
 	unsigned int pauses;
 	struct kvmi_event ev;
 	wait_queue_head_t wq;	/* the vCPU's thread waits for jobs */
@@ -206,7 +213,6 @@ int kvmi_receive(struct kvm_introspection *kvmi,
 		 const struct kvm_vcpu_introspection *kv);
 void kvmi_receive_pass_on(struct kvm_introspection *kvmi);
 bool kvmi_receiver(void *data);
-void kvmi_receiver_killed(void *data);
 void kvmi_listen(struct kvm_introspection *kvmi);
 void kvmi_stop_listening(struct kvm_introspection *kvmi);
 
@@ -237,6 +243,8 @@ void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv);
 bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu);
 bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
 		     size_t size);
+bool kvmi_vcpu_ask(struct kvm_vcpu *vcpu, u16 id, const void *data,
+		   size_t size);
 
 /* arch */
 bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu);
@@ -248,6 +256,7 @@ void kvmi_arch_cleanup(struct kvm_vcpu *vcpu);
 unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu);
 int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 			 const void *rpl);
+bool kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new);
 int kvmi_arch_set_page_access(struct kvm_introspection *kvmi,
 			      const struct kvmi_page_access_entry *entries,
 			      unsigned int count);

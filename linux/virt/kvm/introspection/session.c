@@ -68,15 +68,17 @@ struct kvm_vcpu_introspection *kvmi_vcpu_get(struct kvm_vcpu *vcpu)
 	kv = kzalloc(sizeof(*kv), GFP_KERNEL_ACCOUNT);
 	if (!kv)
 		return NULL;
-	if (kvmi_out_init(&kv->out)) {
-		kfree(kv);
-		return NULL;
-	}
-
 	spin_lock_init(&kv->lock);
 	INIT_LIST_HEAD(&kv->jobs);
 	init_waitqueue_head(&kv->wq);
 	INIT_LIST_HEAD(&kv->waiter);
+
+	kv->reply = kmalloc(struct_size(kv->reply, body, KVMI_MAX_EVENT_REPLY),
+			    GFP_KERNEL_ACCOUNT);
+	if (!kv->reply || kvmi_out_init(&kv->out)) {
+		kvmi_vcpu_free(kv);
+		return NULL;
+	}
 
 	/* The vCPU's thread and the reader of the socket may both need it */
 	old = cmpxchg(&vcpu->kvmi, NULL, kv);
@@ -139,6 +141,70 @@ static bool kvmi_is_always_allowed(int id)
 	return false;
 }
 
+static const char *const kvmi_end_names[] = {
+	[KVM_INTROSPECTION_END_UNHOOK] = "unhooked",
+	[KVM_INTROSPECTION_END_CLOSED] = "the tool closed the socket",
+	[KVM_INTROSPECTION_END_PROTOCOL] = "the tool broke the protocol",
+	[KVM_INTROSPECTION_END_UNREAD] = "the tool didn't read",
+	[KVM_INTROSPECTION_END_KILLED] = "killed",
+};
+
+static void __kvmi_unhook(struct kvm_introspection *kvmi, u32 reason)
+{
+	struct socket *sock = kvmi->sock;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	lockdep_assert_held(&kvmi->lock);
+
+	if (!sock)
+		return;
+
+	kvmi_session_end(kvmi, atomic_read(&kvmi->session), reason);
+	kvmi_stop_listening(kvmi);
+	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
+	kernel_sock_shutdown(sock, SHUT_RDWR);
+
+	/* Nobody waits for the tool now, so this doesn't either */
+	mutex_lock(&kvmi->recv_lock);
+	mutex_lock(&kvmi->send_lock);
+	kvmi->sock = NULL;
+	mutex_unlock(&kvmi->send_lock);
+	mutex_unlock(&kvmi->recv_lock);
+	sockfd_put(sock);
+
+	kvmi_journal_restore(kvmi);
+
+	/* Without a session nothing was restricted; see kvmi_page_access() */
+	xa_destroy(&kvmi->page_access);
+
+	/* Nobody fills the queues any more; leave nothing to the next session */
+	kvm_for_each_vcpu(i, vcpu, kvmi->kvm) {
+		if (vcpu->kvmi)
+			kvmi_vcpu_drop_queue(vcpu);
+	}
+
+	trace_kvmi_unhook(kvmi->kvm, kvmi->end, kvmi->journal.restored);
+	pr_info_ratelimited("introspection of process %d ended: %s; %u bytes restored\n",
+			    kvmi->kvm->userspace_pid,
+			    kvmi_end_names[kvmi->end], kvmi->journal.restored);
+}
+
+/*
+ * The process dies; the receive thread is the first to know.  The memory may
+ * outlive the process, and so would the VM if its file were in flight in the
+ * socket.
+ */
+static void kvmi_receiver_killed(void *data)
+{
+	struct kvm_introspection *kvmi = data;
+
+	mutex_lock(&kvmi->lock);
+	__kvmi_unhook(kvmi, KVM_INTROSPECTION_END_KILLED);
+	kvmi->receiver_killed = true;
+	mutex_unlock(&kvmi->lock);
+}
+
 /* What one session leaves to the next, and the last one to the VM's end */
 static int kvmi_prepare(struct kvm_introspection *kvmi)
 {
@@ -152,7 +218,7 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 		return -ENOMEM;
 	if (!kvmi->out.msg && kvmi_out_init(&kvmi->out))
 		return -ENOMEM;
-	if (kvmi->receiver && !READ_ONCE(kvmi->receiver_killed))
+	if (kvmi->receiver && !kvmi->receiver_killed)
 		return 0;
 
 	/*
@@ -251,57 +317,6 @@ static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
 	return err;
 }
 
-static const char *const kvmi_end_names[] = {
-	[KVM_INTROSPECTION_END_UNHOOK] = "unhooked",
-	[KVM_INTROSPECTION_END_CLOSED] = "the tool closed the socket",
-	[KVM_INTROSPECTION_END_PROTOCOL] = "the tool broke the protocol",
-	[KVM_INTROSPECTION_END_UNREAD] = "the tool didn't read",
-	[KVM_INTROSPECTION_END_NOMEM] = "out of memory",
-	[KVM_INTROSPECTION_END_KILLED] = "killed",
-};
-
-static void __kvmi_unhook(struct kvm_introspection *kvmi)
-{
-	struct socket *sock = kvmi->sock;
-	struct kvm_vcpu *vcpu;
-	unsigned long i;
-
-	lockdep_assert_held(&kvmi->lock);
-
-	if (!sock)
-		return;
-
-	kvmi_session_end(kvmi, atomic_read(&kvmi->session),
-			 KVM_INTROSPECTION_END_UNHOOK);
-	kvmi_stop_listening(kvmi);
-	/* Wakes whoever sleeps in the socket, and lets nobody sleep again */
-	kernel_sock_shutdown(sock, SHUT_RDWR);
-
-	/* Nobody waits for the tool now, so this doesn't either */
-	mutex_lock(&kvmi->recv_lock);
-	mutex_lock(&kvmi->send_lock);
-	kvmi->sock = NULL;
-	mutex_unlock(&kvmi->send_lock);
-	mutex_unlock(&kvmi->recv_lock);
-	sockfd_put(sock);
-
-	kvmi_journal_restore(kvmi);
-
-	/* Without a session nothing was restricted; see kvmi_page_access() */
-	xa_destroy(&kvmi->page_access);
-
-	/* Nobody fills the queues any more; leave nothing to the next session */
-	kvm_for_each_vcpu(i, vcpu, kvmi->kvm) {
-		if (vcpu->kvmi)
-			kvmi_vcpu_drop_queue(vcpu);
-	}
-
-	trace_kvmi_unhook(kvmi->kvm, kvmi->end, kvmi->journal.restored);
-	pr_info_ratelimited("introspection of process %d ended: %s; %u bytes restored\n",
-			    kvmi->kvm->userspace_pid,
-			    kvmi_end_names[kvmi->end], kvmi->journal.restored);
-}
-
 static int kvmi_unhook(struct kvm *kvm)
 {
 	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
@@ -310,7 +325,7 @@ static int kvmi_unhook(struct kvm *kvm)
 		return 0;
 
 	mutex_lock(&kvmi->lock);
-	__kvmi_unhook(kvmi);
+	__kvmi_unhook(kvmi, KVM_INTROSPECTION_END_UNHOOK);
 	mutex_unlock(&kvmi->lock);
 
 	return 0;

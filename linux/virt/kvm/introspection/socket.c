@@ -21,9 +21,10 @@
 /* How long a tool may let the socket be full before the session ends */
 #define KVMI_SEND_TIMEOUT_S 5
 
-/*
- * The first part of a reply
- */
+/* That make it worth while to read: something has come, or the tool has gone */
+#define KVMI_POLL_EVENTS (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)
+
+/* The first part of a reply */
 struct kvmi_reply_head {
 	struct kvmi_msg_hdr hdr;
 	struct kvmi_error_code ec;
@@ -65,8 +66,6 @@ static u32 kvmi_end_reason(int err)
 		return KVM_INTROSPECTION_END_PROTOCOL;
 	case -ETIMEDOUT:
 		return KVM_INTROSPECTION_END_UNREAD;
-	case -ENOBUFS:
-		return KVM_INTROSPECTION_END_NOMEM;
 	default:
 		return KVM_INTROSPECTION_END_CLOSED;
 	}
@@ -283,7 +282,7 @@ static int kvmi_dispatch(struct kvm_introspection *kvmi)
 		/* The vCPU's thread answers */
 		if (!ec)
 			return 0;
-		if (ec == -EPROTO || ec == -ENOBUFS)
+		if (ec == -EPROTO)
 			return ec;
 	} else {
 		ec = -KVM_ENOSYS;
@@ -301,10 +300,13 @@ static int kvmi_fill(struct kvm_introspection *kvmi)
 		.iov_base = kvmi->in + kvmi->in_size,
 		.iov_len = KVMI_MSG_BUF_SIZE - kvmi->in_size,
 	};
+	size_t room = vec.iov_len;
 	int ret;
 
-	ret = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len,
-			     MSG_DONTWAIT);
+	if (kvmi->drained)
+		return -EAGAIN;
+
+	ret = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, room, MSG_DONTWAIT);
 	if (ret <= 0)
 		return ret ?: -EPIPE;
 
@@ -315,6 +317,9 @@ static int kvmi_fill(struct kvm_introspection *kvmi)
 	if (msg.msg_flags & MSG_CTRUNC)
 		return -EPROTO;
 
+	/* For what comes from here on, the hang-up too, there is a wake-up */
+	kvmi->drained = ret < room && !(vfs_poll(kvmi->sock->file, NULL) &
+					KVMI_POLL_EVENTS);
 	kvmi->in_size += ret;
 	return 0;
 }
@@ -369,6 +374,7 @@ static int kvmi_receive_locked(struct kvm_introspection *kvmi,
 		return -EAGAIN;
 	}
 
+	kvmi->drained = false;
 	do {
 		answered = kv && READ_ONCE(kv->ev.answered);
 		err = kvmi_out_send(kvmi, &kvmi->out, session) ?:
@@ -449,7 +455,7 @@ static int kvmi_socket_wake(wait_queue_entry_t *wait, unsigned int mode,
 		container_of(wait, struct kvm_introspection, wait);
 	__poll_t events = key_to_poll(key);
 
-	if (events && !(events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)))
+	if (events && !(events & KVMI_POLL_EVENTS))
 		return 0;
 
 	set_bit(KVMI_READABLE, &kvmi->flags);
@@ -509,21 +515,4 @@ bool kvmi_receiver(void *data)
 	__set_current_state(TASK_RUNNING);
 	kvmi_receive(kvmi, NULL);
 	return true;
-}
-
-/* The process dies; the receive thread is the first to know */
-void kvmi_receiver_killed(void *data)
-{
-	struct kvm_introspection *kvmi = data;
-
-	mutex_lock(&kvmi->send_lock);
-	kvmi_session_end(kvmi, atomic_read(&kvmi->session),
-			 KVM_INTROSPECTION_END_KILLED);
-	if (kvmi->sock)
-		kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
-	mutex_unlock(&kvmi->send_lock);
-
-	/* The memory may outlive the process */
-	kvmi_journal_restore(kvmi);
-	WRITE_ONCE(kvmi->receiver_killed, true);
 }

@@ -36,18 +36,23 @@ void kvmi_vcpu_wake(struct kvm_vcpu *vcpu)
 	kvm_vcpu_kick(vcpu);
 }
 
-static struct kvmi_job *kvmi_new_job(const struct kvmi_msg_hdr *hdr,
-				     const void *body)
+static void kvmi_add_job(struct kvm_vcpu_introspection *kv,
+			 struct kvmi_job *job, const struct kvmi_msg_hdr *hdr,
+			 const void *body)
 {
-	struct kvmi_job *job;
+	lockdep_assert_held(&kv->lock);
 
-	job = kmalloc(struct_size(job, body, hdr->size), GFP_KERNEL_ACCOUNT);
-	if (job) {
-		job->hdr = *hdr;
-		memcpy(job->body, body, hdr->size);
-	}
+	job->hdr = *hdr;
+	memcpy(job->body, body, hdr->size);
+	list_add_tail(&job->link, &kv->jobs);
+	kv->nr_jobs++;
+}
 
-	return job;
+/* The reply is the vCPU's own: there is one at a time, and it can't be refused */
+static void kvmi_free_job(struct kvmi_job *job)
+{
+	if (job->hdr.id != KVMI_VCPU_EVENT)
+		kfree(job);
 }
 
 int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
@@ -57,17 +62,15 @@ int kvmi_vcpu_queue(struct kvm_vcpu *vcpu, const struct kvmi_msg_hdr *hdr,
 	struct kvmi_job *job;
 	int err = 0;
 
-	job = kvmi_new_job(hdr, body);
+	job = kmalloc(struct_size(job, body, hdr->size), GFP_KERNEL_ACCOUNT);
 	if (!job)
 		return -KVM_ENOMEM;
 
 	spin_lock(&kv->lock);
-	if (kv->nr_jobs < KVMI_MAX_JOBS) {
-		list_add_tail(&job->link, &kv->jobs);
-		kv->nr_jobs++;
-	} else {
+	if (kv->nr_jobs < KVMI_MAX_JOBS)
+		kvmi_add_job(kv, job, hdr, body);
+	else
 		err = -KVM_EBUSY;
-	}
 	spin_unlock(&kv->lock);
 
 	if (err) {
@@ -146,41 +149,34 @@ int kvmi_vcpu_queue_reply(struct kvm_vcpu *vcpu,
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 	const struct kvmi_event_type *type;
 	struct kvmi_event *ev = &kv->ev;
-	struct kvmi_job *job;
 	int err = 0;
 
-	if (hdr->size < sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl))
+	if (hdr->size < sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl) ||
+	    hdr->size > KVMI_MAX_EVENT_REPLY)
 		return -EPROTO;
 	if (rpl->padding1 || rpl->padding2)
 		return -EPROTO;
 
-	/* Behind the commands that came before it, so it can't be refused */
-	job = kvmi_new_job(hdr, body);
-	if (!job)
-		return -ENOBUFS;
-
 	spin_lock(&kv->lock);
 	type = &kvmi_event_types[ev->id];
-	if (!ev->open || !ev->sent || ev->answered || ev->seq != hdr->seq ||
+	if (!kvmi_vcpu_in_session(vcpu) ||
+	    !ev->open || !ev->sent || ev->answered || ev->seq != hdr->seq ||
 	    hdr->size != sizeof(struct kvmi_vcpu_hdr) + sizeof(*rpl) +
 			 type->reply_size ||
 	    rpl->action > KVMI_EVENT_ACTION_CRASH ||
 	    !(type->actions & BIT(rpl->action))) {
 		err = -EPROTO;
 	} else {
+		/* Behind the commands that came before it */
 		ev->answered = true;
-		list_add_tail(&job->link, &kv->jobs);
-		kv->nr_jobs++;
+		kvmi_add_job(kv, kv->reply, hdr, body);
 	}
 	spin_unlock(&kv->lock);
 
-	if (err) {
-		kfree(job);
-		return err;
-	}
+	if (!err)
+		kvmi_vcpu_wake(vcpu);
 
-	kvmi_vcpu_wake(vcpu);
-	return 0;
+	return err;
 }
 
 /* Returns, if asked to wait, when the vCPU can't run guest code any more */
@@ -221,7 +217,7 @@ static void kvmi_free_jobs(struct list_head *jobs)
 	struct kvmi_job *job, *next;
 
 	list_for_each_entry_safe(job, next, jobs, link)
-		kfree(job);
+		kvmi_free_job(job);
 }
 
 /*
@@ -269,7 +265,8 @@ unsigned long kvmi_vcpu_waiting(struct kvm_vcpu *vcpu)
 		return 0;
 
 	spin_lock(&kv->lock);
-	if (kv->ev.open && kv->ev.sent && !kv->ev.answered)
+	if (kvmi_vcpu_in_session(vcpu) &&
+	    kv->ev.open && kv->ev.sent && !kv->ev.answered)
 		waiting = jiffies - kv->ev.since;
 	spin_unlock(&kv->lock);
 
@@ -281,6 +278,7 @@ void kvmi_vcpu_free(struct kvm_vcpu_introspection *kv)
 {
 	kvmi_free_jobs(&kv->jobs);
 	kvmi_arch_vcpu_free(&kv->arch);
+	kfree(kv->reply);
 	kfree(kv->out.msg);
 	kfree(kv);
 }
@@ -456,6 +454,17 @@ static bool kvmi_event_moot(struct kvm_vcpu *vcpu)
 	return ev->open && (ev->moved || kvmi_arch_linear_ip(vcpu) != ev->ip);
 }
 
+static void kvmi_event_over(struct kvm_vcpu *vcpu, int action)
+{
+	struct kvmi_event *ev = &vcpu->kvmi->ev;
+
+	lockdep_assert_held(&vcpu->kvmi->lock);
+
+	ev->open = false;
+	ev->answered = false;
+	trace_kvmi_event_done(vcpu, ev->id, ev->seq, action);
+}
+
 /*
  * Lets go of the open event.  rpl is NULL if the tool has gone without an
  * answer: what the vCPU wanted to do then goes the way it goes without a tool.
@@ -473,11 +482,8 @@ static int kvmi_event_close(struct kvm_vcpu *vcpu,
 	kv->regs_pending = false;
 
 	spin_lock(&kv->lock);
-	kv->ev.open = false;
-	kv->ev.answered = false;
+	kvmi_event_over(vcpu, rpl ? rpl->action : -1);
 	spin_unlock(&kv->lock);
-
-	trace_kvmi_event_done(vcpu, ev.id, ev.seq, rpl ? rpl->action : -1);
 
 	if (moot)
 		return 1;
@@ -539,7 +545,8 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	/* Before this vCPU no longer intercepts what would hit it */
 	kvmi_journal_restore(kvmi);
 
-	kv->session = session;
+	/* As it was the last one's event, the next one can't answer it */
+	WRITE_ONCE(kv->session, session);
 	kv->out.size = 0;
 	bitmap_zero(kv->events, KVMI_NUM_EVENTS);
 	kvmi_arch_session_over(vcpu);
@@ -553,18 +560,15 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 bool kvmi_vcpu_in_session(struct kvm_vcpu *vcpu)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	int session = atomic_read(&vcpu->kvm->kvmi->session);
 
-	return kv && kvmi_session_alive(kv->session) &&
-	       kv->session == atomic_read(&vcpu->kvm->kvmi->session);
+	return kv && kvmi_session_alive(session) &&
+	       READ_ONCE(kv->session) == session;
 }
 
-/*
- * The vCPU has reached something that the tool wants to know of.  Returns
- * false if it does not; else the vCPU's next pass through the run loop sends
- * the event and waits for the reply.
- */
-bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
-		     size_t size)
+/* Returns false if the tool doesn't want to know of it */
+static bool kvmi_event_open(struct kvm_vcpu *vcpu, u16 id, const void *data,
+			    size_t size)
 {
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 
@@ -586,6 +590,20 @@ bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
 	kv->ev.sent = false;
 	kv->ev.answered = false;
 	spin_unlock(&kv->lock);
+
+	return true;
+}
+
+/*
+ * The vCPU has reached something that the tool wants to know of.  Returns
+ * false if it does not; else the vCPU's next pass through the run loop sends
+ * the event and waits for the reply.
+ */
+bool kvmi_vcpu_raise(struct kvm_vcpu *vcpu, u16 id, const void *data,
+		     size_t size)
+{
+	if (!kvmi_event_open(vcpu, id, data, size))
+		return false;
 
 	kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
 	return true;
@@ -756,6 +774,67 @@ static int kvmi_vcpu_send(struct kvm_vcpu *vcpu)
 }
 
 /*
+ * Has the tool said that the vCPU may go on, and nothing else?  If not, it is
+ * left for the run loop.
+ */
+static bool kvmi_take_consent(struct kvm_vcpu *vcpu)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	const struct kvmi_vcpu_event_reply *rpl;
+	struct kvmi_job *job;
+	bool consent, more;
+
+	spin_lock(&kv->lock);
+	job = list_first_entry_or_null(&kv->jobs, struct kvmi_job, link);
+	rpl = job ? (void *)job->body + sizeof(struct kvmi_vcpu_hdr) : NULL;
+	consent = kv->ev.answered && job->hdr.id == KVMI_VCPU_EVENT &&
+		  rpl->action == KVMI_EVENT_ACTION_CONTINUE;
+	if (consent) {
+		list_del(&job->link);
+		kv->nr_jobs--;
+		kvmi_event_over(vcpu, rpl->action);
+	}
+	/* Who queued it found the vCPU waiting, and made no request */
+	more = kv->nr_jobs || kv->pauses;
+	spin_unlock(&kv->lock);
+
+	if (!consent || more || !kvmi_vcpu_in_session(vcpu))
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	return consent;
+}
+
+/*
+ * As kvmi_vcpu_raise(), but in the midst of something that would have to be
+ * begun anew when the event is answered.  The tool is asked right here, and if
+ * it lets the vCPU go on, as most do, false is returned as well.  Whatever else
+ * it wants, and all that userspace can see of the wait, is the run loop's.
+ */
+bool kvmi_vcpu_ask(struct kvm_vcpu *vcpu, u16 id, const void *data, size_t size)
+{
+	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
+	int err;
+
+	if (!kvmi_event_open(vcpu, id, data, size))
+		return false;
+
+	/* If userspace just wants KVM to complete something, it wants it now */
+	if (kv->out.size || !vcpu->wants_to_run) {
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+		return true;
+	}
+
+	kvmi_event_prepare(vcpu);
+	kvmi_vcpu_will_read(vcpu);
+	err = kvmi_vcpu_send(vcpu);
+	while (!err && list_empty_careful(&kv->jobs) &&
+	       kvmi_vcpu_in_session(vcpu))
+		err = kvmi_vcpu_wait(vcpu);
+	kvmi_vcpu_wont_read(vcpu);
+
+	return !kvmi_take_consent(vcpu);
+}
+
+/*
  * Does one thing that the tool wants.  Returns 1 if there was something, 0 if
  * there was nothing, and -EINTR if userspace wants the thread; *r is what
  * KVM_RUN's loop shall do.
@@ -794,7 +873,7 @@ static int kvmi_vcpu_step(struct kvm_vcpu *vcpu, int *r)
 					      sizeof(struct kvmi_vcpu_hdr));
 		else
 			kvmi_run_command(vcpu, job);
-		kfree(job);
+		kvmi_free_job(job);
 		return 1;
 	}
 

@@ -1745,6 +1745,79 @@ static int hook_and_exit(void *arg)
 	      errno : 0);
 }
 
+/* The end comes with the last bytes, before anybody reads */
+KVM_ONE_VCPU_TEST(kvmi, hook_closed, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u32 half_a_header = 0;
+	int fds[2];
+
+	make_sockets(fds);
+	TEST_ASSERT(write(fds[0], &half_a_header, sizeof(half_a_header)) ==
+		    sizeof(half_a_header), "write: %s", strerror(errno));
+	close(fds[0]);
+	hook_fd(vm, fds[1]);
+	wait_for(!get_status(vm).hooked);
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_CLOSED);
+	unhook(vm);
+	close(fds[1]);
+}
+
+static void die_with_vm_in_flight(int other)
+{
+	/* Too large a message, so that what follows it isn't read */
+	static struct kvmi_msg_hdr too_large[1024] = {
+		{ .id = KVMI_GET_VERSION, .size = -1 },
+	};
+	struct kvm_vm *vm = vm_create_barebones();
+	union {
+		struct cmsghdr hdr;
+		char space[CMSG_SPACE(2 * sizeof(int))];
+	} files = {
+		.hdr = { CMSG_LEN(2 * sizeof(int)), SOL_SOCKET, SCM_RIGHTS },
+	};
+	struct iovec byte = { .iov_base = too_large, .iov_len = 1 };
+	struct msghdr msg = {
+		.msg_iov = &byte,
+		.msg_iovlen = 1,
+		.msg_control = &files,
+		.msg_controllen = sizeof(files),
+	};
+	int fds[2];
+
+	make_sockets(fds);
+	memcpy(CMSG_DATA(&files.hdr), (int []){ vm->fd, other },
+	       2 * sizeof(int));
+	TEST_ASSERT(write(fds[0], too_large, sizeof(too_large)) ==
+		    sizeof(too_large) && sendmsg(fds[0], &msg, 0) == 1,
+		    "send: %s", strerror(errno));
+	hook_fd(vm, fds[1]);
+	wait_for(!get_status(vm).hooked);
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_PROTOCOL);
+	_exit(0);
+}
+
+/* The VM's own file is in flight in the socket that the VM holds */
+KVM_ONE_VCPU_TEST(kvmi, hook_in_flight, guest_count)
+{
+	struct pollfd other = { .events = POLLIN };
+	int fds[2], status;
+	pid_t pid;
+
+	make_sockets(fds);
+	pid = fork();
+	if (!pid)
+		die_with_vm_in_flight(fds[0]);
+	close(fds[0]);
+	TEST_ASSERT(pid > 0 && waitpid(pid, &status, 0) == pid && !status,
+		    "status %#x", status);
+
+	/* The other file in flight is closed with the VM's */
+	other.fd = fds[1];
+	TEST_ASSERT(poll(&other, 1, TIMEOUT_MS) == 1, "the VM is left over");
+	close(fds[1]);
+}
+
 /* The process that hooked the VM dies, but another one shares its memory */
 KVM_ONE_VCPU_TEST(kvmi, hook_again_after_kill, guest_count)
 {
@@ -1766,7 +1839,6 @@ KVM_ONE_VCPU_TEST(kvmi, hook_again_after_kill, guest_count)
 	wait_for(!get_status(vcpu->vm).hooked);
 	TEST_ASSERT_EQ(get_status(vcpu->vm).reason,
 		       KVM_INTROSPECTION_END_KILLED);
-	unhook(vcpu->vm);
 	close(fds[0]);
 	close(fds[1]);
 
@@ -4246,6 +4318,27 @@ KVM_ONE_VCPU_TEST(kvmi, signal_late_registers_abandoned, guest_break_rax)
 	assert_quiet();
 	stop_guest(&r);
 	unhook(vm);
+}
+
+/* An event is answered by the tool that it was sent to */
+KVM_ONE_VCPU_TEST(kvmi, signal_reply_of_next_session, guest_break_rax)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct event ev;
+	struct runner r;
+
+	start_to_bp(&r, vcpu, &ev);
+	interrupt(&r);
+	unhook(vm);
+	hook(vm);
+	reply_retry(&ev);
+	wait_for(!get_status(vm).hooked);
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_PROTOCOL);
+	unhook(vm);
+	start(&r, vcpu);
+	wait_for(guest_read(vm, result));
+	TEST_ASSERT_EQ(guest_read(vm, traps), 1);
+	stop_guest(&r);
 }
 
 /* In the middle of sending: nothing is lost, doubled or torn */
