@@ -182,8 +182,6 @@ static KvmiReason kvmi_reason(uint32_t reason)
         return KVMI_REASON_PROTOCOL;
     case KVM_INTROSPECTION_END_UNREAD:
         return KVMI_REASON_UNREAD;
-    case KVM_INTROSPECTION_END_NOMEM:
-        return KVMI_REASON_NO_MEMORY;
     case KVM_INTROSPECTION_END_KILLED:
         return KVMI_REASON_KILLED;
     default:
