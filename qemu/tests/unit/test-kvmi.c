@@ -226,6 +226,13 @@ bool migration_is_running(void)
     return migrating;
 }
 
+static bool incoming_postcopy;
+
+bool migration_in_incoming_postcopy(void)
+{
+    return incoming_postcopy;
+}
+
 const char *qemu_name = "the guest";
 QemuUUID qemu_uuid;
 
@@ -1467,6 +1474,28 @@ static void test_object_migrate(void)
     teardown();
 }
 
+/* The guest runs here already, but the tool could read what has yet to come */
+static void test_object_incoming_postcopy(void)
+{
+    Object *obj;
+    int fd;
+
+    setup();
+    incoming_postcopy = true;
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_accept();
+    run_events();
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKED);
+    incoming_postcopy = false;
+    until(state() == KVMI_STATE_HANDSHAKE);
+    close(fd);
+    fd = tool_connect();
+    close(fd);
+    until(fake_kvm.fd == -1);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_handshake(void)
 {
     static const char cookie[] = "secret";
@@ -1878,6 +1907,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
+    g_test_add_func("/kvmi/object/incoming-postcopy", test_object_incoming_postcopy);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);
     g_test_add_func("/kvmi/object/hmac", test_object_hmac);
     g_test_add_func("/kvmi/object/unhook", test_object_unhook);

@@ -95,6 +95,7 @@ struct KVMIObject {
     int64_t since_us;
     QEMUTimer *deadline;        /* of the handshake or of the tool's leaving */
     QEMUTimer *silence;         /* while hooked: does the tool hang? */
+    QEMUTimer *postcopy;        /* until all of the memory has come */
     QEMUBH *bh;
 
     StopGuard guard;
@@ -546,11 +547,24 @@ static void kvmi_finish_handshake(KVMIObject *s)
     kvmi_set_state(s, KVMI_STATE_HOOKED);
 }
 
+/* How often to look whether the rest of the memory has come */
+#define KVMI_POSTCOPY_POLL_MS 200
+
 /* Look for a session if the guest runs and goes on running. */
 static void kvmi_update(KVMIObject *s)
 {
     bool wanted = s->complete && !s->deleting && !s->detached &&
                   runstate_is_running() && !stop_gate_closed();
+
+    /*
+     * Whoever reads memory for the tool may have to wait until it has come,
+     * and UNHOOK for them: if the source is lost meanwhile, for ever.
+     */
+    if (wanted && migration_in_incoming_postcopy()) {
+        wanted = false;
+        timer_mod(s->postcopy, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                               KVMI_POSTCOPY_POLL_MS);
+    }
 
     if (wanted && s->state == KVMI_STATE_UNHOOKED) {
         kvmi_set_state(s, KVMI_STATE_CONNECTING);
@@ -948,6 +962,7 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     s->start_time = s->since_us / G_USEC_PER_SEC;
     s->deadline = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_deadline, s);
     s->silence = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_check_silence, s);
+    s->postcopy = timer_new_ms(QEMU_CLOCK_REALTIME, kvmi_bh, s);
     /* Not in qemu_get_aio_context(): it can wait until the guest has stopped */
     s->bh = aio_bh_new(iohandler_get_aio_context(), kvmi_bh, s);
     s->guard.announce = kvmi_announce;
@@ -1028,6 +1043,7 @@ static void kvmi_finalize(Object *obj)
         qemu_del_vm_change_state_handler(s->vmstate);
         stop_gate_remove(&s->guard);
         qemu_bh_delete(s->bh);
+        timer_free(s->postcopy);
         timer_free(s->silence);
         timer_free(s->deadline);
     }
