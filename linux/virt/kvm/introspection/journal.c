@@ -240,8 +240,10 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 	idx = srcu_read_lock(&kvmi->kvm->srcu);
 	mutex_lock(&journal->lock);
 	/* Meanwhile UNHOOK may have done it, and another session have begun */
-	for (i = 0; !kvmi_session_alive(atomic_read(&kvmi->session)) &&
-		    journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++) {
+	for (i = 0; i < BIT(KVMI_JOURNAL_BITS) && journal->nr; i++) {
+		if (kvmi_session_alive(atomic_read(&kvmi->session)))
+			break;
+
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
 					  node) {
 			if (kvmi_journal_restore_one(kvmi->kvm, entry))

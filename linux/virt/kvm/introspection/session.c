@@ -205,10 +205,14 @@ static void kvmi_receiver_killed(void *data)
 	mutex_unlock(&kvmi->lock);
 }
 
-/* What one session leaves to the next, and the last one to the VM's end */
-static int kvmi_prepare(struct kvm_introspection *kvmi)
+/*
+ * What one session leaves to the next, and the last one to the VM's end; *dead
+ * is for the caller to stop, when it has let go of the lock.
+ */
+static int kvmi_prepare(struct kvm_introspection *kvmi,
+			struct vhost_task **dead)
 {
-	struct vhost_task *receiver, *old;
+	struct vhost_task *receiver;
 
 	lockdep_assert_held(&kvmi->lock);
 
@@ -235,11 +239,9 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 
 	/* A vCPU may be about to wake the one that was killed */
 	spin_lock_irq(&kvmi->waiters_lock);
-	old = kvmi->receiver;
+	*dead = kvmi->receiver;
 	kvmi->receiver = receiver;
 	spin_unlock_irq(&kvmi->waiters_lock);
-	if (old)
-		vhost_task_stop(old);
 
 	kvmi->receiver_killed = false;
 	vhost_task_start(receiver);
@@ -247,7 +249,8 @@ static int kvmi_prepare(struct kvm_introspection *kvmi)
 }
 
 static int __kvmi_hook(struct kvm_introspection *kvmi,
-		       const struct kvm_introspection_hook *hook)
+		       const struct kvm_introspection_hook *hook,
+		       struct vhost_task **dead)
 {
 	struct socket *sock;
 	int err;
@@ -265,7 +268,7 @@ static int __kvmi_hook(struct kvm_introspection *kvmi,
 	if (sock->type != SOCK_STREAM)
 		goto out_put_sock;
 
-	err = kvmi_prepare(kvmi);
+	err = kvmi_prepare(kvmi, dead);
 	if (err)
 		goto out_put_sock;
 
@@ -301,6 +304,7 @@ out_put_sock:
 static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
 {
 	struct kvm_introspection *kvmi;
+	struct vhost_task *dead = NULL;
 	int err;
 
 	if (hook->padding)
@@ -311,8 +315,12 @@ static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
 		return -ENOMEM;
 
 	mutex_lock(&kvmi->lock);
-	err = __kvmi_hook(kvmi, hook);
+	err = __kvmi_hook(kvmi, hook, &dead);
 	mutex_unlock(&kvmi->lock);
+
+	/* It dies with a lock of vhost_task's, which stopping it takes, too */
+	if (dead)
+		vhost_task_stop(dead);
 
 	return err;
 }

@@ -5174,11 +5174,13 @@ static bool prepare_insn(struct kvm_vm *vm, struct insn *insn)
 			return false;
 		break;
 	case OP_DESC_LOAD:
-		insn->old = insn->new = insn->target;
+		insn->old = insn->target;
+		insn->new = insn->target;
 		return true;
 	case OP_DESC_STORE:
 		saved = do_op(vm, insn->op, insn->target, 0);
-		insn->old = insn->new = saved;
+		insn->old = saved;
+		insn->new = saved;
 		return true;
 	case OP_HYPERCALL:
 		insn->old = -KVM_ENOSYS;
@@ -5484,7 +5486,8 @@ static void test_insn_cleanup(struct kvm_vcpu *vcpu, bool cleanup)
 	int stats, i;
 	u64 exits;
 
-	tested[0].old = tested[0].new = vm->pgd;
+	tested[0].old = vm->pgd;
+	tested[0].new = vm->pgd;
 	/* Not while the vCPU runs */
 	stats = vcpu_get_stats_fd(vcpu);
 	start(&r, vcpu);
