@@ -38,3 +38,12 @@ def kvmi_whole(result):
     if missing or unknown or not result.cases or result.status:
         pytest.fail(f"{result.output}\nstatus {result.status}; cases of the source that are not in the output: {sorted(missing)}; "
                     f"the other way round: {sorted(unknown)}", pytrace=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("vendor", [pytest.param(v, marks=getattr(pytest.mark, v)) for v in ("amd", "intel")])
+def test_storm(vendor):
+    """After 10 000 sessions, the host's kernel has no object for each of them."""
+    before, after = selftest.storm(vendor, 20)
+    print(f"objects of the kernel: {before}, {after}")
+    assert after - before < 2000, f"{before} before, {after} after"

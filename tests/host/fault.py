@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import struct
+import sys
 import time
 import traceback
 
@@ -401,5 +402,20 @@ def fault_quit(g):
     go_through(g, Quit)
 
 
+INTEL = {}
+
+
+@scenario(timeout=1500, into=INTEL)
+def intel_fault_running(g):
+    """On the Intel host: the tool fails while the guest just runs."""
+    go_through(g, Nothing)
+
+
+@scenario(timeout=1500, into=INTEL)
+def intel_fault_stop(g):
+    """… when the guest is paused there"""
+    go_through(g, Stop)
+
+
 if __name__ == "__main__":
-    scenarios.main(SCENARIOS)
+    scenarios.main({**SCENARIOS, **INTEL} if sys.argv[1:] else SCENARIOS)

@@ -57,3 +57,17 @@ def pack(script, folder):
     paths = ["/modules.zip", *sorted({str(Path(f).parent) for f in native.values()})]
     environment = {"PYTHONPATH": ":".join(paths), "PYTHONHOME": "/usr", "PYTHONDONTWRITEBYTECODE": "1", "KVMI_BUILD": str(host.BUILD)}
     return entries, [PYTHON, "-S", str(script)], environment
+
+
+def run(script, name, timeout, folder):
+    """The output of a scenario in the Intel host; HostError if it fails there."""
+    entries, argv, environment = pack(script, folder)
+    output = bytearray()
+    with host.Host("intel", entries=entries, memory=1024) as h:
+        h.start()
+        status = h.run([*argv, name], timeout, output.extend, env=environment)
+        trouble = h.trouble()
+    text = output.decode(errors="replace")
+    if status or trouble:
+        raise host.HostError(f"{name}: status {status}\n{text}\n{trouble}")
+    return text

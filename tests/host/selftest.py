@@ -82,3 +82,27 @@ def run_debug():
     except host.HostError as e:
         trouble = str(e)
     return Result(max(statuses, default=None), output.decode(errors="replace"), trouble)
+
+
+# 500 sessions each time; the first fills the caches
+STORM = """
+objects() {{ sync; echo 3 >/proc/sys/vm/drop_caches; awk '/^kmalloc|^radix_tree_node|^task_struct|^sock_inode_cache|^skbuff_head_cache/ {{ n += $2 }} END {{ print n }}' /proc/slabinfo; }}
+{test} -t unhook_storm >/dev/null || exit
+before=$(objects)
+i=0
+while [ $i -lt {times} ]; do {test} -t unhook_storm >/dev/null || exit; i=$((i + 1)); done
+echo $before $(objects)
+"""
+
+
+def storm(vendor, times, kernel=None):
+    """The number of objects of the host's kernel before and after this many storms of sessions."""
+    output = bytearray()
+    test = host.need(BINARY, "build the selftest first")
+    with host.Host(vendor, files=[test], **({"kernel": kernel} if kernel else {})) as h:
+        h.start(300)
+        status = h.run(["sh", "-c", STORM.format(test=shlex.quote(str(test)), times=times)], 1500, output.extend)
+        trouble = h.trouble()
+    if status or trouble:
+        raise host.HostError(f"status {status}\n{output.decode(errors='replace')}\n{trouble}")
+    return [int(n) for n in output.split()[-2:]]

@@ -2146,6 +2146,8 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_killed_sending, guest_count)
 	test_killed(true);
 }
 
+#define STORM_ROUNDS 500
+
 /* Events, replies and cuts at any moment */
 KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 {
@@ -2153,12 +2155,12 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 	struct kvm_vm *vm = vcpu->vm;
 	struct runner r[2];
 	struct event ev;
-	int i, j;
+	int i, j, delay;
 
 	install_bp_handler(vm);
 	start(&r[0], vcpu);
 	start(&r[1], vcpu1);
-	for (i = 0; i < 40; i++) {
+	for (i = 0; i < STORM_ROUNDS; i++) {
 		hook(vm);
 		assert_err(enable_bp(0), 0);
 		assert_err(enable_bp(1), 0);
@@ -2168,6 +2170,10 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 		}
 		if (i % 3 == 1)
 			assert_err(pause_vcpu(i & 1, 1), 0);
+		/* At any point of what follows */
+		delay = random() % 300;
+		for (j = 0; j < delay; j++)
+			asm volatile("pause");
 		if (i % 3 == 2)
 			tool_close();
 		unhook(vm);
