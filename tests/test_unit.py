@@ -38,6 +38,35 @@ def test_valgrind(name):
     assert r.returncode == 0, f"status {r.returncode}\n{r.stdout.decode(errors='replace')}"
 
 
+# All that LibVMI's KVM driver asks the dynamic linker for; without one of them it refuses to work
+LIBVMI = """init_unix_socket init_vsock uninit close domain_close connection_fd get_version control_events control_vm_events control_cr control_msr
+control_singlestep pause_all_vcpus set_page_access get_tsc_speed get_vcpu_count inject_exception read_physical write_physical get_registers
+set_registers reply_event pop_event wait_event set_log_cb get_maximum_gfn get_next_available_gfn spp_support ve_support vmfunc_support eptp_support
+create_ept_view destroy_ept_view switch_ept_view get_ept_view get_pending_events change_gfn alloc_gfn free_gfn""".split()
+
+LOAD_AS_LIBVMI = """
+import ctypes, _ctypes, os, sys
+path, socket, *names = sys.argv[1:]
+lib = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
+for name in names:
+    assert ctypes.cast(getattr(lib, "kvmi_" + name), ctypes.c_void_p).value, name
+tasks = lambda: len(os.listdir("/proc/self/task"))
+guest = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(lambda *_: 1)
+lib.kvmi_init_unix_socket.restype = ctypes.c_void_p
+listener = ctypes.c_void_p(lib.kvmi_init_unix_socket(socket.encode(), guest, None, None))
+assert listener and tasks() == 2, tasks()
+lib.kvmi_uninit(None), lib.kvmi_domain_close(None, True), lib.kvmi_uninit(listener)
+assert tasks() == 1, "a thread is left, and its code is about to be unmapped"
+_ctypes.dlclose(lib._handle)
+"""
+
+
+def test_compat_as_libvmi(tmp_path):
+    """Found by its bare name and loaded as LibVMI does it, and unloaded with no thread left."""
+    env = dict(os.environ, LD_LIBRARY_PATH=f"{host.BUILD}/lib/compat:{host.BUILD}/lib")
+    subprocess.run(["/usr/bin/python3", "-c", LOAD_AS_LIBVMI, "libkvmi.so", tmp_path / "socket", *LIBVMI], env=env, timeout=60, check=True)
+
+
 def abi_of(library, headers, out):
     """What programs see of it, as abidiff takes it: the types in the headers and no others."""
     subprocess.run(["abidw", "--headers-dir", headers, "--header-file", "/usr/include/x86_64-linux-gnu/asm/kvm.h", "--drop-private-types",

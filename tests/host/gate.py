@@ -316,6 +316,17 @@ class MigrateFile(Way):
         os.unlink(f"{DIR}/saved")
 
 
+class MigrateFd(MigrateFile):
+    """Likewise, to a file that the management has opened, as libvirt does it."""
+    name = "migrate to an fd"
+
+    def begin(self):
+        with open(f"{DIR}/saved", "wb") as f:
+            self.g.qmp.result(self.g.qmp.send("getfd", fds=[f.fileno()], fdname="saved"))
+        set_capabilities(self.g)
+        self.g.qmp.execute("migrate", uri="fd:saved")
+
+
 class BackgroundSnapshot(MigrateFile):
     name, capabilities, stops = "background snapshot", ("background-snapshot",), False
 
@@ -324,6 +335,12 @@ class BackgroundSnapshot(MigrateFile):
 def gate_migrate_to_file(g):
     """Migration to a file, with all kinds of tools."""
     combine(g, MigrateFile, ALL)
+
+
+@scenario()
+def gate_migrate_to_fd(g):
+    """Migration to a file that is open already."""
+    combine(g, MigrateFd, (NoTool, Prompt, Hung))
 
 
 @scenario()

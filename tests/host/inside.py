@@ -129,13 +129,13 @@ class QMP:
                 raise Late(f"QMP hung up while we waited for {what}")
         return check()
 
-    def send(self, command, oob=False, **arguments):
-        """Send without waiting; returns the number to give to result()."""
+    def send(self, command, oob=False, fds=(), **arguments):
+        """Send without waiting, with files; returns the number to give to result()."""
         self.serial += 1
         message = {"exec-oob" if oob else "execute": command, "id": self.serial}
         if arguments:
             message["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self.sock.sendall(json.dumps(message).encode() + b"\n")
+        socket.send_fds(self.sock, [json.dumps(message).encode() + b"\n"], fds)
         return self.serial
 
     def result(self, number, timeout=20, what="an answer"):
