@@ -375,8 +375,9 @@ char *domain_xml_enable(const char *xml, const struct domain_setup *setup,
 		g_free(path);
 	}
 	add_option(commandline, "-object",
-		   g_strdup_printf("kvmi,id=" XML_OBJECT_ID ",chardev=" XML_CHARDEV_ID "%s",
-				   setup->key_file ? ",key=" XML_KEY_ID : ""));
+		   g_strdup_printf("kvmi,id=" XML_OBJECT_ID ",chardev=" XML_CHARDEV_ID "%s%s",
+				   setup->key_file ? ",key=" XML_KEY_ID : "",
+				   setup->mutual ? ",auth=hmac" : ""));
 
 	text = to_text(doc);
 	xmlFreeDoc(doc);
@@ -433,6 +434,7 @@ gboolean domain_xml_read(const char *xml, gboolean *enabled,
 				g_free(setup->key_file);
 				setup->key_file = option(value, "file");
 			} else {
+				setup->mutual = option_is(value, "auth", "hmac");
 				*enabled = TRUE;
 			}
 		}

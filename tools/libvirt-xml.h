@@ -17,6 +17,7 @@
 struct domain_setup {
 	char *socket;
 	char *key_file;		/* NULL: no key */
+	gboolean mutual;	/* with the key: auth=hmac */
 	char *emulator;		/* the domain's, or the one to set; NULL: as is */
 };
 

@@ -51,6 +51,7 @@ static const char help[] =
 "                         and only until they are shut off\n"
 "  -k, --key-file FILE    the secret; made if it isn't there\n"
 "                         (default: " KEY_DIR "/DOMAIN.key)\n"
+"      --mutual           each side proves to the other that it has the secret (auth=hmac)\n"
 "      --no-key           whoever listens on the socket is trusted\n"
 "  -e, --emulator FILE    the QEMU with the kvmi object, if the domain's hasn't it\n"
 "\n"
@@ -64,7 +65,7 @@ static const char help[] =
 
 struct options {
 	const char *uri, *socket, *vsock, *key_file, *emulator;
-	bool no_key, json;
+	bool no_key, mutual, json;
 };
 
 static void quiet(void *data, virErrorPtr error)
@@ -250,6 +251,8 @@ static gboolean plug(virDomain *domain, const struct domain_setup *setup,
 	put(b, "chardev", XML_CHARDEV_ID);
 	if (setup->key_file)
 		put(b, "key", XML_KEY_ID);
+	if (setup->mutual)
+		put(b, "auth", "hmac");
 	if (run_command(domain, b, error))
 		return TRUE;
 undo:
@@ -643,6 +646,7 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	name = file_name(domain, uuid);
 	setup.socket = o->vsock ? NULL : o->socket ? g_strdup(o->socket) :
 		       g_strdup_printf(SOCKET_DIR "/%s.sock", name);
+	setup.mutual = o->mutual;
 	setup.key_file = o->no_key ? NULL : o->key_file ? g_strdup(o->key_file) :
 			 g_strdup_printf(KEY_DIR "/%s.key", name);
 	if ((setup.socket && !check_path("--socket", setup.socket, error)) ||
@@ -707,8 +711,9 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		goto out;
 	}
 	if (setup.socket)
-		done("Now start the tool: kvmi watch --socket %s --mode 0660%s%s", setup.socket,
-		     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "");
+		done("Now start the tool: kvmi watch --socket %s --mode 0660%s%s%s", setup.socket,
+		     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "",
+		     setup.mutual ? " --mutual" : "");
 	fine = TRUE;
 out:
 	g_clear_error(&why);
@@ -827,6 +832,8 @@ static gboolean print_status(virDomain *domain, gboolean json)
 			put(b, "socket", setup.socket);
 		if (setup.key_file)
 			put(b, "key-file", setup.key_file);
+		if (setup.mutual)
+			put(b, "auth", "hmac");
 		if (problem)
 			put(b, "problem", problem);
 		if (node) {
@@ -921,6 +928,7 @@ int libvirt_main(int argc, char **argv)
 		{ "vsock", required_argument, NULL, 'v' },
 		{ "key-file", required_argument, NULL, 'k' },
 		{ "no-key", no_argument, NULL, 'n' },
+		{ "mutual", no_argument, NULL, 'm' },
 		{ "emulator", required_argument, NULL, 'e' },
 		{ "connect", required_argument, NULL, 'c' },
 		{ "json", no_argument, NULL, 'j' },
@@ -949,6 +957,9 @@ int libvirt_main(int argc, char **argv)
 		case 'n':
 			o.no_key = true;
 			break;
+		case 'm':
+			o.mutual = true;
+			break;
 		case 'e':
 			o.emulator = optarg;
 			break;
@@ -974,8 +985,8 @@ int libvirt_main(int argc, char **argv)
 		complain("kvmi libvirt %s wants the name of one domain", command);
 		return EXIT_USAGE;
 	}
-	if ((o.socket && o.vsock) || (o.no_key && o.key_file)) {
-		complain("--socket and --vsock, or --key-file and --no-key, exclude each other");
+	if ((o.socket && o.vsock) || (o.no_key && (o.key_file || o.mutual))) {
+		complain("--socket and --vsock, or --no-key and --key-file or --mutual, exclude each other");
 		return EXIT_USAGE;
 	}
 

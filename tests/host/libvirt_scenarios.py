@@ -554,6 +554,11 @@ def libvirt_enable_live(d):
         told = w.mark()
         kvmi_libvirt("enable", d.name)      # once more: the same
         tool_at_work(w, told)
+    assert "--mutual" in kvmi_libvirt("enable", d.name, "--mutual")
+    with Watch(*HOT, options=[*options, "--mutual"]) as w:
+        tool_at_work(w)
+        s = kvmi_status(d.name)
+        assert s["auth"] == s["kvmi"]["auth"] == "hmac", s
         told = w.mark()
         d.virsh("suspend")
         w.event("closed", since=told, reason="unhook")

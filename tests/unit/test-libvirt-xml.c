@@ -67,7 +67,7 @@ static void test_round_trip(gconstpointer data)
 	static const struct domain_setup setups[] = {
 		{ .socket = (char *)"/run/kvmi/guest.sock", .key_file = (char *)"/etc/kvmi/keys/guest.key" },
 		{ .socket = (char *)"/run/a,b=c/s", .key_file = NULL },
-		{ .socket = (char *)"/run/<&>.sock", .key_file = (char *)"/a,,b",
+		{ .socket = (char *)"/run/<&>.sock", .key_file = (char *)"/a,,b", .mutual = TRUE,
 		  .emulator = (char *)"/opt/kvmi/bin/qemu-system-x86_64" },
 	};
 	char *before = as_is(shape->xml), *xml = g_strdup(before), *foreign;
@@ -88,6 +88,7 @@ static void test_round_trip(gconstpointer data)
 		g_assert_null(foreign);
 		g_assert_cmpstr(found.socket, ==, setups[i].socket);
 		g_assert_cmpstr(found.key_file, ==, setups[i].key_file);
+		g_assert_cmpint(found.mutual, ==, setups[i].mutual);
 		if (setups[i].emulator)
 			g_assert_cmpstr(found.emulator, ==, setups[i].emulator);
 		domain_setup_clear(&found);
@@ -120,6 +121,11 @@ static void test_arguments(void)
 				"    <qemu:arg value=\"-object\"/>\n    <qemu:arg value=\"secret,id=kvmi0-key,file=/k\"/>\n"
 				"    <qemu:arg value=\"-object\"/>\n    <qemu:arg value=\"kvmi,id=kvmi0,chardev=kvmi0-tool,key=kvmi0-key\"/>\n"
 				"  </qemu:commandline>\n</domain>"));
+	g_free(xml);
+
+	setup.mutual = TRUE;
+	xml = domain_xml_enable(shapes[0].xml, &setup, NULL);
+	g_assert_nonnull(strstr(xml, ",key=kvmi0-key,auth=hmac\"/>"));
 	g_free(xml);
 }
 
