@@ -4826,6 +4826,50 @@ KVM_ONE_VCPU_TEST(kvmi, journal_memory_gone, guest_journal)
 	unhook(vm);
 }
 
+/* Memory that is seen twice, discarded or moved between write and end */
+KVM_ONE_VCPU_TEST(kvmi, journal_memory_changed, guest_journal)
+{
+	const u64 alias = EXTRA_GPA + 16 * PAGE_SIZE;
+	struct kvm_vm *vm = vcpu->vm;
+	u8 int3 = 0xcc, zero = 0, *mem;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 4, 0);
+	mem = addr_gpa2hva(vm, EXTRA_GPA);
+	vm_set_user_memory_region(vm, EXTRA_SLOT + 1, 0, alias, 4 * PAGE_SIZE,
+				  mem);
+	hook(vm);
+
+	/* By another address: put back, written once more, or not at all */
+	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+	assert_err(write_physical(alias, 1, &zero), 0);
+	assert_err(write_physical(EXTRA_GPA + 1, 1, &int3), 0);
+	assert_err(write_physical(alias + 1, 1, &int3), 0);
+	assert_err(write_physical(alias + 2, 1, &int3), 0);
+
+	/* As a balloon does it; and the guest has used the page again */
+	assert_err(write_physical(EXTRA_GPA + PAGE_SIZE, 1, &int3), 0);
+	assert_err(write_physical(EXTRA_GPA + 2 * PAGE_SIZE, 1, &int3), 0);
+	TEST_ASSERT(!madvise(mem + PAGE_SIZE, 2 * PAGE_SIZE, MADV_DONTNEED),
+		    "madvise: %s", strerror(errno));
+	mem[2 * PAGE_SIZE] = 0x55;
+
+	/* Seen at the alias only, when the first slot has moved */
+	assert_err(write_physical(alias + 3 * PAGE_SIZE, 1, &int3), 0);
+	assert_err(write_physical(EXTRA_GPA + 3 * PAGE_SIZE + 1, 1, &int3), 0);
+	vm_mem_region_move(vm, EXTRA_SLOT, EXTRA_GPA + 64 * PAGE_SIZE);
+
+	unhook(vm);
+	TEST_ASSERT_EQ(get_status(vm).restored, 2);
+	TEST_ASSERT_EQ(mem[0], 0);
+	TEST_ASSERT_EQ(mem[1], 0xcc);
+	TEST_ASSERT_EQ(mem[2], 0);
+	TEST_ASSERT_EQ(mem[PAGE_SIZE], 0);
+	TEST_ASSERT_EQ(mem[2 * PAGE_SIZE], 0x55);
+	TEST_ASSERT_EQ(mem[3 * PAGE_SIZE], 0);
+	TEST_ASSERT_EQ(mem[3 * PAGE_SIZE + 1], 0xcc);
+}
+
 /* Live migration takes what is restored with it */
 KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log, guest_journal)
 {
