@@ -27,8 +27,10 @@ DEADLINE = 500      # ms, for a tool to leave
 VCPUS = 2
 
 # The numbers of linux/kvmi.h that only this needs
-VCPU_EVENT, SET_PAGE_ACCESS, CONTROL_EVENTS, CONTROL_CR, CONTROL_SINGLESTEP = 1, 20, 5, 13, 27
-PAUSE, BREAKPOINT, CR, PF, SINGLESTEP = 1, 5, 7, 17, 19
+VCPU_EVENT, SET_PAGE_ACCESS, CONTROL_EVENTS, CONTROL_CR, INJECT, CONTROL_MSR, CONTROL_SINGLESTEP = 1, 20, 5, 13, 15, 25, 27
+PAUSE, BREAKPOINT, CR, TRAP, MSR, PF, SINGLESTEP = 1, 5, 7, 9, 15, 17, 19
+MSRS = (0x6e0, 0xc0000102)      # TSC_DEADLINE, KERNEL_GS_BASE: a Linux guest writes one or the other all the time
+DB_VECTOR = 1
 CONTINUE, ACCESS_RW = 0, 3
 INT3 = b"\xcc"
 
@@ -72,11 +74,11 @@ class Tool(RawTool):
         self.good_for_all(CONTROL_EVENTS, struct.pack("=HBBI", event, 1, 0, 0))
 
     def event(self, wanted):
-        """(vcpu, seq) of the next event of this kind"""
+        """(vcpu, seq, RIP) of the next event of this kind"""
         while True:
             ident, seq, data = self.message()
             if ident == VCPU_EVENT and struct.unpack_from("=H", data)[0] == wanted:
-                return struct.unpack_from("=H", data, 10)[0], seq
+                return struct.unpack_from("=H", data, 10)[0], seq, struct.unpack_from("=Q", data, 152)[0]
 
     # The steps
 
@@ -109,13 +111,23 @@ class Tool(RawTool):
         self.ready()
         return event
 
+    def enable_and_meet(self, event):
+        # Not command(): the first event may come before the reply
+        for vcpu in range(VCPUS):
+            self.sock.sendall(struct.pack("=HHIHHIHBBI", CONTROL_EVENTS, 16, 1000, vcpu, 0, 0, event, 1, 0, 0))
+        self.event(event)
+        self.ready()
+
     def in_cr(self):
         self.hook()
         self.good_for_all(CONTROL_CR, struct.pack("=BBHI", 3, 1, 0, 0))
-        for vcpu in range(VCPUS):
-            self.sock.sendall(struct.pack("=HHIHHIHBBI", CONTROL_EVENTS, 16, 1000, vcpu, 0, 0, CR, 1, 0, 0))
-        self.event(CR)
-        self.ready()
+        self.enable_and_meet(CR)
+
+    def in_msr(self):
+        self.hook()
+        for msr in MSRS:
+            self.good_for_all(CONTROL_MSR, struct.pack("=BBHI", 1, 0, 0, msr))
+        self.enable_and_meet(MSR)
 
     def in_pf(self):
         self.hook()
@@ -124,11 +136,27 @@ class Tool(RawTool):
         self.event(PF)
         self.ready()
 
+    def end_pause(self, vcpu, seq):
+        self.sock.sendall(struct.pack("=HHIHHIBBHI", VCPU_EVENT, 16, seq, vcpu, 0, 0, CONTINUE, PAUSE, 0, 0))
+
+    def in_trap(self):
+        # A #DB of no reason, which is nothing to a kernel; but it would kill a program
+        self.hook()
+        rip = 0
+        while not rip >> 63:
+            self.sock.sendall(struct.pack("=HHIHBBI", PAUSE_VCPU, 8, 1000, 0, 0, 0, 0))
+            vcpu, seq, rip = self.event(PAUSE)
+            if rip >> 63:
+                self.good(INJECT, struct.pack("=HHIBBHIQ", vcpu, 0, 0, DB_VECTOR, 0, 0, 0, 0))
+            self.end_pause(vcpu, seq)
+        self.event(TRAP)
+        self.ready()
+
     def in_singlestep(self):
         ready, self.ready = self.ready, lambda: None
-        vcpu, seq = self.in_pause()
+        vcpu, seq, _ = self.in_pause()
         self.good(CONTROL_SINGLESTEP, struct.pack("=HHIB7x", vcpu, 0, 0, 1))
-        self.sock.sendall(struct.pack("=HHIHHIBBHI", VCPU_EVENT, 16, seq, vcpu, 0, 0, CONTINUE, PAUSE, 0, 0))
+        self.end_pause(vcpu, seq)
         self.event(SINGLESTEP)
         ready()
 
@@ -157,7 +185,8 @@ class Tool(RawTool):
         self.sock.sendall(b"\xff" * 4096)
 
 
-STEPS = ("in_handshake", "idle", "in_command", "in_breakpoint", "in_pause", "in_cr", "in_pf", "in_singlestep", "asked", "removing")
+STEPS = ("in_handshake", "idle", "in_command", "in_breakpoint", "in_pause", "in_cr", "in_msr", "in_pf", "in_trap", "in_singlestep",
+         "asked", "removing")
 WHEN_ASKED = ("asked", "removing")
 FAULTS = ("killed", "hung", "gone", "garbage")
 
