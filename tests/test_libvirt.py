@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scenarios of tests/host/libvirt_scenarios.py: the same as tests/test_scenarios.py, driven by Debian's libvirt."""
+"""The scenarios of tests/host/libvirt_scenarios.py: the same as tests/test_scenarios.py, driven by Debian's libvirt. test_libvirt11 are the same with
+libvirt 11 in place of Debian 12's 9.0."""
 import pytest
 
 import host
@@ -14,10 +15,19 @@ USUAL = ("libvirt_suspend_resume", "libvirt_enable_apparmor", "libvirt_capabilit
 
 def run_meanwhile(amd, name):
     host.libvirt_guest_image()
+    later, name = name.startswith("libvirt11"), name.replace("libvirt11_", "libvirt_")
+    options = ["--libvirt", host.libvirt11()] if later else []
     # In a host of their own: the domain, which runs on after a scenario, and the guest of other tests would connect to the same tool
-    return amd.run(["/usr/bin/python3", host.HERE / "libvirt_scenarios.py", name], libvirt_scenarios.SCENARIOS[name].timeout, kind="libvirt")
+    return amd.run(["/usr/bin/python3", host.HERE / "libvirt_scenarios.py", *options, name], libvirt_scenarios.SCENARIOS[name].timeout,
+                   kind="libvirt11" if later else "libvirt")
 
 
 @pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in libvirt_scenarios.SCENARIOS])
 def test_libvirt(meanwhile, name):
+    print(meanwhile)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [s.replace("libvirt_", "libvirt11_") for s in libvirt_scenarios.SCENARIOS])
+def test_libvirt11(meanwhile, name):
     print(meanwhile)

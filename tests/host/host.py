@@ -413,3 +413,16 @@ def libvirt_guest_image():
         new.write_bytes(plain.read_bytes() + cpio([file_entry("modules/button.ko", need(BUILD / "linux/stock/button.ko", "build first"))]))
         new.rename(image)
     return image
+
+
+def libvirt11():
+    """The folder with the files of libvirt 11, of which Debian 12 has only 9.0; / if this machine's libvirt is that one."""
+    command = [TOP / "scripts/fetch-libvirt"]
+    config = BUILD / "config.sh"
+    cache = re.search(r"^CACHE='(.+)'$", config.read_text(), re.M) if config.exists() else None
+    if cache:
+        command.append(f"--cache={cache[1]}")
+    r = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
+    if r.returncode:
+        raise HostError(r.stdout.strip())
+    return Path(r.stdout.splitlines()[-1])

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Scenarios with the real libvirtd: run in the AMD host, one a process, by tests/test_libvirt.py; by hand:
 
-    tests/host/run amd -- tests/host/libvirt_scenarios.py NAME…
+    tests/host/run amd -- tests/host/libvirt_scenarios.py [--libvirt FOLDER] NAME…
+
+--libvirt: with the libvirt that scripts/fetch-libvirt has put there, in place of the machine's.
 
 They share libvirtd and one domain, as those of scenarios.py share a guest.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from inside import BUILD, HOT, QMP, Guest, Watch, symbols, wait_until
 from scenarios import breakpoint_offsets, code, hook, info, same_memory, wait_state
-from virsh import Domain, Libvirtd, VirshError
+from virsh import Domain, Libvirtd, VirshError, use_libvirt
 
 SCENARIOS = {}
 # What QEMU waits for the tool at; the tool is cut off at the rest.
@@ -780,7 +782,11 @@ def run(name):
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or list(SCENARIOS)
+    names = sys.argv[1:]
+    if names[:1] == ["--libvirt"]:
+        use_libvirt(names[1])
+        names = names[2:]
+    names = names or list(SCENARIOS)
     failed = []
     for name in names:
         start = time.monotonic()

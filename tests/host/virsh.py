@@ -15,6 +15,8 @@ from pathlib import Path
 import inside
 from inside import BUILD, QMP, Guest, Late, QMPError, patience, wait_until
 
+# There if libvirt isn't the machine's: where it is from
+FROM = Path("/run/libvirt-from")
 HOST_UUID = "6b766d69-0000-4000-8000-0000000000{:02x}"
 
 
@@ -40,6 +42,18 @@ class Job:
         if self.process.returncode:
             raise VirshError(f"{' '.join(self.argv)}: {out.strip()}")
         return out
+
+
+def use_libvirt(folder):
+    """The libvirt in this folder in place of the machine's, from now on: this host's /usr is scratch."""
+    if folder == "/" or FROM.exists():
+        return
+    # Drivers of another version would not load
+    for old in ("/usr/lib/libvirt", "/usr/lib/x86_64-linux-gnu/libvirt", "/usr/share/libvirt"):
+        shutil.rmtree(old)
+    for part in ("bin", "sbin", "lib", "share/libvirt"):
+        subprocess.run(["cp", "-a", f"{folder}/usr/{part}", os.path.dirname(f"/usr/{part}")], check=True, timeout=patience(120))
+    FROM.write_text(folder)
 
 
 class Libvirtd:
@@ -116,6 +130,8 @@ END
             output.seek(0)
             assert r.returncode == 0, f"libvirtd did not start: {output.read()}"
         self.virsh("uri", timeout=60)
+        version = re.search(r"libvirt version: (\d+)\.", self.log())[1]
+        assert version == "11" or not FROM.exists(), f"libvirtd is {version}, not that in {FROM.read_text()}"
         return self
 
     def stop(self):
