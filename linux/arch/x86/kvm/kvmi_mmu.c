@@ -364,7 +364,8 @@ static void kvmi_grant(struct kvmi_pf *pf, gfn_t gfn, u8 access)
  */
 static bool kvmi_half_done(const struct x86_emulate_ctxt *ctxt)
 {
-	return ctxt->b == 0x9a || (ctxt->b == 0xff && ctxt->modrm_reg == 3);
+	return ctxt->b == 0x9a ||
+	       (ctxt->b == 0xff && (ctxt->modrm >> 3 & 7) == 3);
 }
 
 static noinline bool kvmi_ask_access(struct kvm_vcpu *vcpu, gva_t gva,
