@@ -365,10 +365,6 @@ static bool wait_all_stopped(struct kvmi_hooks *h)
  * Putting breakpoints in and out
  */
 
-/* ------------------------------------------------------------------------
- * Putting breakpoints in and out
- */
-
 /* Where in the list the first one at or behind gpa is */
 static size_t place_of(const struct kvmi_hooks *h, uint64_t gpa)
 {
@@ -814,7 +810,6 @@ static bool wait_landed(struct kvmi_hooks *h, unsigned int vcpu,
 			const struct landing *landings, unsigned int count)
 {
 	int64_t deadline = now_ms() + STEP_TIMEOUT_MS;
-	struct vcpu *v = &h->vcpus[vcpu];
 	unsigned int i;
 
 	for (;;) {
@@ -824,11 +819,12 @@ static bool wait_landed(struct kvmi_hooks *h, unsigned int vcpu,
 		};
 		struct kvmi_hook *bp;
 		struct kvm_regs regs;
+		struct vcpu *v;
 
-		while (!v->open)
+		/* an event of a vCPU that is new moves the array */
+		while (!h->vcpus[vcpu].open)
 			if (!wait_event(h, deadline))
 				return false;
-		/* the array may have moved */
 		v = &h->vcpus[vcpu];
 		if (v->open->id == KVMI_EV_PAUSE) {
 			/* asked for while it was held by its last hit */
