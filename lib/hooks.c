@@ -237,8 +237,10 @@ static void take_event(struct kvmi_hooks *h, struct kvmi_vm_event *event)
 
 	/* at most one at a time: the connection sees to that */
 	v->open = event;
-	if (event->id == KVMI_EV_BREAKPOINT || event->id == KVMI_EV_PF ||
-	    event->id == KVMI_EV_SINGLESTEP)
+	if (event->id == KVMI_EV_BREAKPOINT || event->id == KVMI_EV_PF)
+		return;
+	/* else it is of a step that was given up: nobody waits for it */
+	if (event->id == KVMI_EV_SINGLESTEP && v->stepping)
 		return;
 	if (event->id == KVMI_EV_PAUSE) {
 		if (v->pauses_due)
