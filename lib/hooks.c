@@ -32,6 +32,8 @@
 #define STEP_TIMEOUT_MS 3000
 /* When taking out took longer, there is no time to have a second look */
 #define VERIFY_UNTIL_MS 2500
+/* Pages that one instruction has freed: more than most can touch */
+#define FREED_MAX 8
 /* Pages that are handled at once */
 #define CHUNK 256
 /* Breakpoints that are planted while the guest stands still */
@@ -67,8 +69,11 @@ struct kvmi_hooks {
 	size_t list_count;
 	size_t list_capacity;
 
-	struct kvmi_page_access *pages;	/* restricted; by gpa */
+	struct kvmi_page_access *pages;	/* restricted */
 	size_t page_count;
+	/* those without a restriction until a step is made; may be > FREED_MAX */
+	uint64_t freed[FREED_MAX];
+	unsigned int freed_count;
 
 	struct kvmi_paging paging;	/* levels 0: not told */
 
@@ -640,6 +645,62 @@ static bool prepare(struct kvmi_hooks *h, struct kvmi_hook *bp, uint8_t *bytes,
 }
 
 /* ------------------------------------------------------------------------
+ * Pages
+ */
+
+static void note_freed(struct kvmi_hooks *h, uint64_t gpa)
+{
+	if (h->freed_count < FREED_MAX)
+		h->freed[h->freed_count] = gpa;
+	if (h->freed_count <= FREED_MAX)
+		h->freed_count++;
+}
+
+/* Tells of an access; what comes of it is left to KVM */
+static void tell_page(struct kvmi_hooks *h, unsigned int vcpu)
+{
+	struct kvmi_vm_event *event = h->vcpus[vcpu].open;
+	enum kvmi_action action = KVMI_ACTION_CONTINUE;
+
+	if (h->callbacks.page)
+		action = h->callbacks.page(event, h->context);
+	if (action == KVMI_ACTION_CONTINUE && event->pf.not_emulated)
+		note_freed(h, event->pf.gpa);
+	answer(h, vcpu, action, NULL);
+}
+
+/* The pages that were freed get their restrictions again */
+static void restrict_again(struct kvmi_hooks *h)
+{
+	struct kvmi_page_access some[FREED_MAX];
+	const struct kvmi_page_access *pages = some;
+	enum kvmi_status status;
+	struct kvmi_error err;
+	size_t count = 0, i;
+	unsigned int j;
+
+	if (!h->freed_count)
+		return;
+	if (h->freed_count > FREED_MAX) {
+		pages = h->pages;
+		count = h->page_count;
+	} else {
+		for (i = 0; i < h->page_count && count < FREED_MAX; i++)
+			for (j = 0; j < h->freed_count; j++)
+				if (h->pages[i].gpa / PAGE_SIZE ==
+				    h->freed[j] / PAGE_SIZE) {
+					some[count++] = h->pages[i];
+					break;
+				}
+	}
+	h->freed_count = 0;
+	status = kvmi_vm_set_page_access(h->vm, pages, count, &err);
+	if (status != KVMI_OK && !is_lost(h, status, &err))
+		problem(h, "pages that are not restricted any more: %s",
+			err.message);
+}
+
+/* ------------------------------------------------------------------------
  * Hits
  */
 
@@ -806,7 +867,8 @@ static void remove_landings(struct kvmi_hooks *h, struct landing *landings,
 
 /*
  * Waits for the vCPU to come to one of the landings.  Another of our
- * breakpoints can come first, in the handler of an NMI.
+ * breakpoints can come first, in the handler of an NMI; and the instruction can
+ * touch restricted pages, those that this frees are left so.
  */
 static bool wait_landed(struct kvmi_hooks *h, unsigned int vcpu,
 			const struct landing *landings, unsigned int count)
@@ -831,6 +893,10 @@ static bool wait_landed(struct kvmi_hooks *h, unsigned int vcpu,
 		if (v->open->id == KVMI_EV_PAUSE) {
 			/* asked for while it was held by its last hit */
 			answer(h, vcpu, KVMI_ACTION_CONTINUE, NULL);
+			continue;
+		}
+		if (v->open->id == KVMI_EV_PF) {
+			tell_page(h, vcpu);
 			continue;
 		}
 		if (v->open->id != KVMI_EV_BREAKPOINT) {
@@ -861,8 +927,8 @@ static bool wait_landed(struct kvmi_hooks *h, unsigned int vcpu,
 }
 
 /*
- * Lets the vCPU make one step.  Its SINGLESTEP event is open then, or (false)
- * whatever it is at, if anything.
+ * Lets the vCPU make one step; pages that this frees are left so.  Its
+ * SINGLESTEP event is open then, or (false) whatever it is at, if anything.
  */
 static bool one_step(struct kvmi_hooks *h, unsigned int vcpu,
 		     enum kvmi_action action)
@@ -882,6 +948,10 @@ static bool one_step(struct kvmi_hooks *h, unsigned int vcpu,
 			if (event && event->id == KVMI_EV_PAUSE) {
 				/* asked for while it was held by its last hit */
 				answer(h, vcpu, KVMI_ACTION_CONTINUE, NULL);
+				continue;
+			}
+			if (event && event->id == KVMI_EV_PF) {
+				tell_page(h, vcpu);
 				continue;
 			}
 			done = event && event->id == KVMI_EV_SINGLESTEP;
@@ -912,6 +982,7 @@ static bool step_over_by_trap(struct kvmi_hooks *h, unsigned int vcpu,
 		return true;
 	}
 	done = one_step(h, vcpu, KVMI_ACTION_RETRY);
+	restrict_again(h);
 	if (done)
 		change_byte(h, bp->gpa, bp->insn.bytes[0], INT3, &was);
 	bp->planted = done && was;
@@ -991,6 +1062,7 @@ static void step_over(struct kvmi_hooks *h, unsigned int vcpu,
 		while (!h->vcpus[vcpu].open && wait_event(h, deadline))
 			;
 		remove_landings(h, landings, count);
+		restrict_again(h);
 		bp->planted = false;
 		event = h->vcpus[vcpu].open;
 		if (event) {
@@ -1016,6 +1088,7 @@ static void step_over(struct kvmi_hooks *h, unsigned int vcpu,
 	}
 
 	remove_landings(h, landings, count);
+	restrict_again(h);
 	if (!bp->retired) {
 		change_byte(h, bp->gpa, bp->insn.bytes[0], INT3, &was);
 		bp->planted = was;
@@ -1050,34 +1123,37 @@ failed:
 static void handle_page(struct kvmi_hooks *h, unsigned int vcpu)
 {
 	struct kvmi_vm_event *event = h->vcpus[vcpu].open;
-	enum kvmi_action action = KVMI_ACTION_CONTINUE;
 	struct kvmi_page_access page = { event->pf.gpa, KVMI_PAGE_RWX };
-	bool not_emulated = event->pf.not_emulated;
+	enum kvmi_action action = KVMI_ACTION_CONTINUE;
+	uint32_t seq = event->seq;
 	enum kvmi_status status;
 	struct kvmi_error err;
-	size_t i;
 
+	if (!event->pf.not_emulated) {
+		tell_page(h, vcpu);
+		return;
+	}
 	if (h->callbacks.page)
 		action = h->callbacks.page(event, h->context);
-	if (action != KVMI_ACTION_CONTINUE || !not_emulated) {
+	if (action != KVMI_ACTION_CONTINUE) {
 		answer(h, vcpu, action, NULL);
 		return;
 	}
 
+	note_freed(h, page.gpa);
 	if (h->can_step && hold(h, vcpu)) {
 		status = kvmi_vm_set_page_access(h->vm, &page, 1, &err);
 		if (status == KVMI_OK)
 			one_step(h, vcpu, KVMI_ACTION_RETRY);
-	} else {
-		answer(h, vcpu, KVMI_ACTION_CONTINUE, NULL);
+		else if (!is_lost(h, status, &err))
+			problem(h, "0x%" PRIx64 ": %s", page.gpa, err.message);
 	}
-	/* CONTINUE takes it off; if it is back too early, it comes again */
-	for (i = 0; i < h->page_count; i++)
-		if (h->pages[i].gpa / PAGE_SIZE == page.gpa / PAGE_SIZE)
-			page = h->pages[i];
-	status = kvmi_vm_set_page_access(h->vm, &page, 1, &err);
-	if (status != KVMI_OK && !is_lost(h, status, &err))
-		problem(h, "0x%" PRIx64 ": %s", page.gpa, err.message);
+	/* It could not be stepped.  This frees the page, for a moment at least. */
+	event = h->vcpus[vcpu].open;
+	if (event && event->id == KVMI_EV_PF && event->seq == seq)
+		answer(h, vcpu, KVMI_ACTION_CONTINUE, NULL);
+	/* if it is back too early, it comes again */
+	restrict_again(h);
 	event = h->vcpus[vcpu].open;
 	if (event && event->id == KVMI_EV_SINGLESTEP)
 		answer(h, vcpu, KVMI_ACTION_CONTINUE, NULL);

@@ -22,9 +22,8 @@
 				kvmi_status_name(status_), err_.message); \
 	} while (0)
 
-/* Code at 0x3000; sim.c swaps pages in pairs, so it is seen at 0x2000 */
 #define CODE_GPA 0x3000
-#define CODE_GVA 0x2000
+#define CODE_GVA 0xffffffff80002000
 
 static const uint8_t code[] = {
 	0x90,			/* 0: nop */
@@ -42,6 +41,10 @@ struct world {
 	atomic_int last_action;
 	atomic_uint steps;
 	unsigned int int3s_while_stepping;
+	/* in place of what KVM does usually */
+	bool (*special)(struct world *world);
+	atomic_uint passed;		/* breakpoints that went to the guest */
+	atomic_uint enabled[SIM_VCPUS];	/* events, as a set */
 
 	struct kvmi_vm *vm;
 	struct kvmi_hooks *hooks;
@@ -74,6 +77,23 @@ static void cause(struct sim *sim, struct world *world)
 	}
 }
 
+/* Looks at a message before it is served */
+static void note(struct world *world)
+{
+	struct kvmi_vcpu_event_reply reply;
+	struct sim *sim = &world->sim;
+	unsigned int vcpu = sim->last_body[0];
+
+	if (sim->last.id == KVMI_VCPU_EVENT) {
+		memcpy(&reply, sim->last_body + 8, sizeof(reply));
+		if (reply.event == KVMI_VCPU_EVENT_BREAKPOINT &&
+		    reply.action == KVMI_ACTION_CONTINUE)
+			atomic_fetch_add(&world->passed, 1);
+	}
+	if (sim->last.id == KVMI_VCPU_CONTROL_EVENTS && vcpu < 2)
+		atomic_fetch_or(&world->enabled[vcpu], 1u << sim->last_body[8]);
+}
+
 static void serve(struct sim *sim)
 {
 	struct world *world = (struct world *)sim;
@@ -83,6 +103,9 @@ static void serve(struct sim *sim)
 	while (sim_receive(sim)) {
 		unsigned int replies = sim->replies;
 
+		note(world);
+		if (world->special && world->special(world))
+			continue;
 		sim_serve_one(sim);
 		if (sim->replies != replies) {
 			atomic_store(&world->last_action,
@@ -160,14 +183,33 @@ static struct world *world_new(void)
 		.hit = on_hit, .page = on_page, .event = on_event,
 		.problem = on_problem,
 	};
+	/* CR3 is 0x1000 */
+	static const struct {
+		uint32_t at, entry;
+	} tables[] = {
+		{ 0x1000 + 8 * 511, 0x8003 }, { 0x8000 + 8 * 510, 0x9003 },
+		{ 0x9000, 0xa003 }, { 0xa000 + 8 * 2, CODE_GPA | 3 },
+	};
 	struct world *world = g_new0(struct world, 1);
+	unsigned int i;
 
+	for (i = 0; i < G_N_ELEMENTS(tables); i++)
+		memcpy(world->sim.memory + tables[i].at, &tables[i].entry, 4);
 	memcpy(world->sim.memory + CODE_GPA, code, sizeof(code));
 	world->hooks = kvmi_hooks_new(&callbacks, world, NULL);
 	g_assert_nonnull(world->hooks);
 	connect_world(world);
 
 	return world;
+}
+
+static void world_free(struct world *world)
+{
+	kvmi_hooks_detach(world->hooks);
+	kvmi_vm_close(world->vm);
+	sim_stop(&world->sim);
+	kvmi_hooks_free(world->hooks);
+	g_free(world);
 }
 
 static void disconnect(struct world *world)
@@ -185,11 +227,12 @@ static void dispatch(struct world *world)
 	/* sim.c causes it now */
 	kvmi_vm_check_event(world->vm, 1, NULL);
 	for (i = 0; i < 50; i++) {
+		unsigned int rounds = 0;
 		struct kvmi_error err;
 
 		kvmi_vm_process(world->vm, &err);
 		while (kvmi_hooks_dispatch(world->hooks))
-			;
+			g_assert_cmpint(++rounds, <, 1000);
 		g_usleep(1000);
 	}
 }
@@ -400,12 +443,176 @@ static void test_pages(void)
 	g_free(world);
 }
 
+static void send_breakpoint(struct sim *sim, unsigned int offset)
+{
+	struct kvmi_vcpu_event_breakpoint data = {
+		.gpa = CODE_GPA + offset, .insn_len = 1,
+	};
+
+	sim->regs[1].rip = CODE_GVA + offset;
+	sim_event(sim, 1, KVMI_VCPU_EVENT_BREAKPOINT, &data, sizeof(data));
+}
+
+static void send_not_emulated(struct sim *sim)
+{
+	struct kvmi_vcpu_event_pf data = {
+		.gpa = 0x5008, .access = 2, .flags = KVMI_PF_NOT_EMULATED,
+	};
+
+	sim_event(sim, 1, KVMI_VCPU_EVENT_PF, &data, sizeof(data));
+}
+
+/* A reply has come: is it this one, of vCPU 1? */
+static bool is_reply(struct world *world, unsigned int event,
+		     unsigned int action)
+{
+	struct sim *sim = &world->sim;
+	struct kvmi_vcpu_event_reply reply;
+
+	memcpy(&reply, sim->last_body + 8, sizeof(reply));
+
+	return sim->last.id == KVMI_VCPU_EVENT && sim->last_body[0] == 1 &&
+	       reply.event == event && reply.action == action;
+}
+
+/* The CPUID, with a vCPU that nobody has heard of before */
+static bool meet_a_stranger(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	if (sim->last.id == KVMI_VCPU_EVENT && sim->last_body[0] == 40)
+		return true;
+	if (!is_reply(world, KVMI_VCPU_EVENT_BREAKPOINT, KVMI_ACTION_RETRY) ||
+	    sim->regs[1].rip != CODE_GVA + 1)
+		return false;
+	sim_event(sim, 40, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
+	send_breakpoint(sim, 3);
+
+	return true;
+}
+
+static void test_new_vcpu(void)
+{
+	struct world *world = world_new();
+
+	add(world, 1);
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	world->special = meet_a_stranger;
+	atomic_store(&world->hits_wanted, 2);
+	dispatch(world);
+	g_assert_cmpint(world->hits, ==, 1);
+	g_assert_cmpint(world->retired, ==, 0);
+	g_assert_cmpint(world->others, ==, 1);
+	g_assert_cmphex(world->sim.memory[CODE_GPA + 1], ==, 0xcc);
+	g_assert_cmphex(world->sim.memory[CODE_GPA + 3], ==, 0x55);
+	world_free(world);
+}
+
+/* The CPUID once more, as if it wrote to a page that is not to be written */
+static bool touch_a_page(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	if (is_reply(world, KVMI_VCPU_EVENT_PF, KVMI_ACTION_CONTINUE)) {
+		sim->access[5] = 0;
+		send_breakpoint(sim, 3);
+		return true;
+	}
+	if (!is_reply(world, KVMI_VCPU_EVENT_BREAKPOINT, KVMI_ACTION_RETRY) ||
+	    sim->regs[1].rip != CODE_GVA + 1)
+		return false;
+	send_not_emulated(sim);
+
+	return true;
+}
+
+static void test_page_in_step(void)
+{
+	struct world *world = world_new();
+
+	add(world, 1);
+	ok(kvmi_hooks_restrict(world->hooks, 0x5123, KVMI_PAGE_R, err));
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	g_assert_cmpint(world->sim.access[5], ==, 6);
+	world->special = touch_a_page;
+	atomic_store(&world->hits_wanted, 2);
+	dispatch(world);
+	g_assert_cmpint(world->hits, ==, 1);
+	g_assert_cmpint(world->pages, ==, 1);
+	g_assert_cmpint(world->retired, ==, 0);
+	g_assert_cmpint(world->sim.access[5], ==, 6);
+	world_free(world);
+}
+
+static bool refuse_to_step(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	if (sim->last.id != KVMI_VCPU_CONTROL_SINGLESTEP)
+		return false;
+	sim_answer(sim, sim->last.id, sim->last.seq, -KVM_EBUSY, NULL, 0);
+
+	return true;
+}
+
+/* A debugger has the single-step, for example: on it goes without */
+static void test_no_step(void)
+{
+	struct world *world = world_new();
+
+	ok(kvmi_hooks_restrict(world->hooks, 0x5123, KVMI_PAGE_R, err));
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	world->special = refuse_to_step;
+	atomic_store(&world->last_action, -1);
+	atomic_store(&world->pf_wanted, 1 + KVMI_PF_NOT_EMULATED);
+	dispatch(world);
+	g_assert_cmpint(world->pages, ==, 1);
+	g_assert_cmpint(atomic_load(&world->last_action), ==,
+			KVMI_ACTION_CONTINUE);
+	g_assert_cmpint(world->sim.access[5], ==, 6);
+	world_free(world);
+}
+
+/* The event of a step that was given up, and a tool that knows of no steps */
+static bool step_late(struct world *world)
+{
+	struct kvmi_vcpu_event_singlestep data = { 0 };
+
+	if (world->sim.last.id == KVMI_VM_CHECK_EVENT)
+		sim_event(&world->sim, 1, KVMI_VCPU_EVENT_SINGLESTEP, &data,
+			  sizeof(data));
+
+	return false;
+}
+
+static void test_late_step(void)
+{
+	struct world *world = world_new();
+
+	kvmi_hooks_free(world->hooks);
+	world->hooks = kvmi_hooks_new(NULL, NULL, NULL);
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	world->special = step_late;
+	atomic_store(&world->last_action, -1);
+	dispatch(world);
+	g_assert_cmpint(atomic_load(&world->last_action), ==,
+			KVMI_ACTION_CONTINUE);
+	world_free(world);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
 	g_test_add_func("/hooks/breakpoints", test_breakpoints);
 	g_test_add_func("/hooks/step", test_step);
 	g_test_add_func("/hooks/pages", test_pages);
+	g_test_add_func("/hooks/new-vcpu", test_new_vcpu);
+	g_test_add_func("/hooks/page-in-step", test_page_in_step);
+	g_test_add_func("/hooks/no-step", test_no_step);
+	g_test_add_func("/hooks/late-step", test_late_step);
 
 	return g_test_run();
 }
