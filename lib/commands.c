@@ -315,12 +315,14 @@ static enum kvmi_status memory_many(struct kvmi_vm *vm, bool write,
 
 			parts_count = write ? 2 : 1;
 			part = &window[(first + used) % BATCH_WINDOW];
-			status = vm_start(vm, write ? KVMI_VM_WRITE_PHYSICAL :
-						      KVMI_VM_READ_PHYSICAL,
-					  parts, parts_count,
-					  write ? NULL : data,
-					  write ? 0 : size, &part->pending,
-					  &local);
+			status = (used ? vm_start : vm_start_waiting)(
+				vm, write ? KVMI_VM_WRITE_PHYSICAL :
+					    KVMI_VM_READ_PHYSICAL,
+				parts, parts_count, write ? NULL : data,
+				write ? 0 : size, &part->pending, &local);
+			/* other threads have the rest: first take what is ours */
+			if (status == KVMI_ERR_LIMIT && used)
+				break;
 			if (status != KVMI_OK) {
 				fatal = status;
 				break;
@@ -432,7 +434,7 @@ enum kvmi_status kvmi_vm_write_physical(struct kvmi_vm *vm, uint64_t gpa,
 }
 
 /* One message of at most ACCESS_MAX entries */
-static enum kvmi_status start_page_access(struct kvmi_vm *vm,
+static enum kvmi_status start_page_access(struct kvmi_vm *vm, bool wait,
 					  const struct kvmi_page_access *pages,
 					  size_t count, struct pending **pending,
 					  struct kvmi_error *err)
@@ -450,8 +452,9 @@ static enum kvmi_status start_page_access(struct kvmi_vm *vm,
 			.gpa = pages[i].gpa, .access = pages[i].access,
 		};
 
-	return vm_start(vm, KVMI_VM_SET_PAGE_ACCESS, parts, 2, NULL, 0, pending,
-			err);
+	return (wait ? vm_start_waiting : vm_start)(vm, KVMI_VM_SET_PAGE_ACCESS,
+						    parts, 2, NULL, 0, pending,
+						    err);
 }
 
 enum kvmi_status kvmi_vm_set_page_access(struct kvmi_vm *vm,
@@ -461,7 +464,7 @@ enum kvmi_status kvmi_vm_set_page_access(struct kvmi_vm *vm,
 	struct pending *window[ACCESS_WINDOW];
 	enum kvmi_status result = KVMI_OK;
 	size_t first = 0, used = 0, done = 0, i;
-	bool failed = false;
+	bool failed = false, full;
 
 	if (!vm || (count && !pages))
 		return no_vm(err);
@@ -472,22 +475,33 @@ enum kvmi_status kvmi_vm_set_page_access(struct kvmi_vm *vm,
 				    pages[i].access);
 
 	while (used || (done < count && !failed)) {
+		enum kvmi_status status = KVMI_OK;
 		struct kvmi_error local = { 0 };
-		enum kvmi_status status;
 
-		if (!failed && done < count && used < ACCESS_WINDOW) {
+		full = failed || done == count || used == ACCESS_WINDOW;
+		if (!full) {
 			size_t part = count - done;
 
 			if (part > ACCESS_MAX)
 				part = ACCESS_MAX;
-			status = start_page_access(vm, pages + done, part,
+			status = start_page_access(vm, !used, pages + done,
+						   part,
 						   &window[(first + used) %
 							   ACCESS_WINDOW],
 						   &local);
-			done += part;
-			used += status == KVMI_OK;
-		} else {
-			status = vm_wait(vm, window[first], NULL, &local);
+			/* other threads have the rest: take what is ours */
+			full = status == KVMI_ERR_LIMIT && used;
+			if (status == KVMI_OK)
+				used++;
+			if (!full)
+				done += part;
+		}
+		if (full) {
+			if (failed)
+				vm_abandon(vm, window[first]);
+			else
+				status = vm_wait(vm, window[first], NULL,
+						 &local);
 			first = (first + 1) % ACCESS_WINDOW;
 			used--;
 		}
@@ -539,15 +553,14 @@ enum kvmi_status kvmi_vm_get_max_gfn(struct kvmi_vm *vm, uint64_t *gfn,
 	return status;
 }
 
-enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
-				     const uint16_t *vcpus, size_t count,
-				     bool wait, enum kvmi_status *status,
-				     struct kvmi_error *err)
+enum kvmi_status vm_pause_vcpus(struct kvmi_vm *vm, const uint16_t *vcpus,
+				size_t count, bool wait, int64_t deadline,
+				enum kvmi_status *status,
+				struct kvmi_error *err)
 {
+	enum kvmi_status result = KVMI_OK, fatal = KVMI_OK;
 	struct pending *window[BATCH_WINDOW];
-	enum kvmi_status result = KVMI_OK;
 	size_t started = 0, finished = 0;
-	bool failed = false;
 
 	if (!vm || (count && !vcpus))
 		return no_vm(err);
@@ -556,30 +569,38 @@ enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
 		struct kvmi_error local = { 0 };
 		enum kvmi_status one = KVMI_OK;
 
-		while (!failed && started < count &&
+		while (fatal == KVMI_OK && started < count &&
 		       started - finished < BATCH_WINDOW) {
+			bool first = started == finished;
 			struct kvmi_vm_pause_vcpu request = {
 				.vcpu = vcpus[started], .wait = wait,
 			};
 			const struct iovec part = { &request, sizeof(request) };
 
-			one = vm_start(vm, KVMI_VM_PAUSE_VCPU, &part, 1, NULL,
-				       0, &window[started % BATCH_WINDOW],
-				       &local);
+			one = (first ? vm_start_waiting : vm_start)(
+				vm, KVMI_VM_PAUSE_VCPU, &part, 1, NULL, 0,
+				&window[started % BATCH_WINDOW], &local);
+			/* other threads have the rest: take what is ours */
+			if (one == KVMI_ERR_LIMIT && !first)
+				break;
 			if (one != KVMI_OK) {
-				failed = true;
+				fatal = one;
 				break;
 			}
 			started++;
 		}
-		if (finished < started) {
-			one = vm_wait(vm, window[finished % BATCH_WINDOW],
-				      NULL, &local);
+		if (finished >= started) {
+			/* not asked: it will not send a PAUSE */
+			one = fatal == KVMI_ERR_TIMEOUT ? KVMI_ERR_LIMIT :
+							  fatal;
+		} else if (fatal != KVMI_OK) {
+			vm_abandon(vm, window[finished % BATCH_WINDOW]);
+			one = fatal;
+		} else {
+			one = vm_wait_until(vm, window[finished % BATCH_WINDOW],
+					    deadline, NULL, &local);
 			if (one != KVMI_OK && one < KVMI_ERR_NOT_ALLOWED)
-				failed = true;
-		} else if (one == KVMI_OK) {
-			/* not tried, because of an earlier failure */
-			one = result;
+				fatal = one;
 		}
 		if (status)
 			status[finished] = one;
@@ -592,6 +613,14 @@ enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
 	}
 
 	return result;
+}
+
+enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
+				     const uint16_t *vcpus, size_t count,
+				     bool wait, enum kvmi_status *status,
+				     struct kvmi_error *err)
+{
+	return vm_pause_vcpus(vm, vcpus, count, wait, INT64_MAX, status, err);
 }
 
 enum kvmi_status kvmi_vm_pause_vcpu(struct kvmi_vm *vm, unsigned int vcpu,

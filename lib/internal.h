@@ -208,11 +208,21 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 			  const struct iovec *parts, int part_count,
 			  void *data, size_t capacity, struct pending **pending,
 			  struct kvmi_error *err);
+/* The same, but waits if too many are not answered; KVMI_ERR_LIMIT: in vain */
+enum kvmi_status vm_start_waiting(struct kvmi_vm *vm, unsigned int id,
+				  const struct iovec *parts, int part_count,
+				  void *data, size_t capacity,
+				  struct pending **pending,
+				  struct kvmi_error *err);
 /* Our part of the handshake, after QEMU's */
 enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err);
 /* Sends what was started; waits for the answer and frees pending whatever happens */
 enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
 			 size_t *size, struct kvmi_error *err);
+/* The same, if the handle's timeout does not come first */
+enum kvmi_status vm_wait_until(struct kvmi_vm *vm, struct pending *pending,
+			       int64_t deadline, size_t *size,
+			       struct kvmi_error *err);
 void vm_abandon(struct kvmi_vm *vm, struct pending *pending);
 /*
  * With the lock held, not waiting: whether it has come to an end, which is then
@@ -229,6 +239,11 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 			    struct kvmi_error *err);
 /* The vCPU waits for an answer */
 bool vm_has_open_event(struct kvmi_vm *vm, unsigned int vcpu);
+/* commands.c: kvmi_vm_pause_vcpus(), all of them before the deadline */
+enum kvmi_status vm_pause_vcpus(struct kvmi_vm *vm, const uint16_t *vcpus,
+				size_t count, bool wait, int64_t deadline,
+				enum kvmi_status *status,
+				struct kvmi_error *err);
 /* Ends the connection because of what the peer sent */
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)

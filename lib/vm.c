@@ -696,6 +696,12 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
 		vm->input_start = 0;
 	}
 
+	/* recv() of nothing would look like the end */
+	if (vm->input_end == INPUT_SIZE)
+		return breach(vm, err,
+			      "%d bytes after a handshake that has not been answered",
+			      INPUT_SIZE);
+
 	do {
 		got = recv(vm->fd, vm->input + vm->input_end,
 			   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
@@ -944,6 +950,48 @@ enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	return status;
 }
 
+/* The next number whose place is not taken; false: there is none */
+static bool free_number(const struct kvmi_vm *vm, uint32_t *seq)
+{
+	unsigned int tries;
+
+	for (tries = 1; tries <= MAX_PENDING; tries++) {
+		*seq = vm->seq + tries;
+		if (vm->pending[*seq % MAX_PENDING].state == PENDING_FREE)
+			return true;
+	}
+
+	return false;
+}
+
+/*
+ * Until a command can be started, or the time is up.  Others may have all
+ * places, and free them when they take their answers: that tells nobody.
+ */
+static enum kvmi_status wait_for_place(struct kvmi_vm *vm,
+				       struct kvmi_error *err)
+{
+	int64_t deadline = now_ms() + vm->timeout, now;
+	enum kvmi_status status;
+	struct kvmi_error local;
+	uint32_t seq;
+
+	while (vm->state == VM_RUNNING && !free_number(vm, &seq)) {
+		now = now_ms();
+		if (now >= deadline)
+			break;
+		status = pump(vm, now + FOLLOW_MS < deadline ? now + FOLLOW_MS :
+							       deadline, &local);
+		if (status != KVMI_OK && status != KVMI_ERR_TIMEOUT) {
+			if (err)
+				*err = local;
+			return status;
+		}
+	}
+
+	return KVMI_OK;
+}
+
 static enum kvmi_status start(struct kvmi_vm *vm, unsigned int id,
 			      const struct iovec *parts, int part_count,
 			      void *data, size_t capacity,
@@ -951,24 +999,19 @@ static enum kvmi_status start(struct kvmi_vm *vm, unsigned int id,
 {
 	enum kvmi_status status;
 	struct pending *slot;
-	unsigned int tries;
+	uint32_t seq;
 
 	if (vm->state == VM_BROKEN)
 		return copy_broken(vm, err);
 	if (vm->state != VM_RUNNING)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "no commands before kvmi_vm_connect()");
-
-	/* numbers whose place is taken are left out */
-	for (tries = 0; tries < MAX_PENDING; tries++) {
-		slot = &vm->pending[++vm->seq % MAX_PENDING];
-		if (slot->state == PENDING_FREE)
-			break;
-	}
-	if (tries == MAX_PENDING)
+	if (!free_number(vm, &seq))
 		return fail(err, KVMI_ERR_LIMIT,
 			    "%d commands have not been answered; is the VM paused?",
 			    MAX_PENDING);
+	vm->seq = seq;
+	slot = &vm->pending[seq % MAX_PENDING];
 
 	status = send_message(vm, id, vm->seq, parts, part_count, err);
 	if (status != KVMI_OK)
@@ -997,6 +1040,24 @@ enum kvmi_status vm_start(struct kvmi_vm *vm, unsigned int id,
 	return status;
 }
 
+enum kvmi_status vm_start_waiting(struct kvmi_vm *vm, unsigned int id,
+				  const struct iovec *parts, int part_count,
+				  void *data, size_t capacity,
+				  struct pending **pending,
+				  struct kvmi_error *err)
+{
+	enum kvmi_status status;
+
+	vm_lock(vm);
+	status = wait_for_place(vm, err);
+	if (status == KVMI_OK)
+		status = start(vm, id, parts, part_count, data, capacity,
+			       pending, err);
+	vm_unlock(vm);
+
+	return status;
+}
+
 static void abandon(struct pending *pending)
 {
 	/* The caller's buffer must not be written to any more */
@@ -1013,7 +1074,7 @@ void vm_abandon(struct kvmi_vm *vm, struct pending *pending)
 	vm_unlock(vm);
 }
 
-static enum kvmi_status too_late(const struct kvmi_vm *vm, unsigned int id,
+static enum kvmi_status too_late(int ms, unsigned int id,
 				 struct kvmi_error *err)
 {
 	const char *name = kvmi_command_name(id);
@@ -1021,7 +1082,7 @@ static enum kvmi_status too_late(const struct kvmi_vm *vm, unsigned int id,
 	return fail(err, KVMI_ERR_TIMEOUT,
 		    id & 1 ? "%s: no answer within %d ms; is the VM paused?" :
 			     "%s: no answer within %d ms",
-		    name ? name : "command", vm->timeout);
+		    name ? name : "command", ms);
 }
 
 /* What the answer says */
@@ -1039,9 +1100,9 @@ static enum kvmi_status take_result(struct pending *pending, size_t *size,
 }
 
 static enum kvmi_status wait_for(struct kvmi_vm *vm, struct pending *pending,
-				 size_t *size, struct kvmi_error *err)
+				 int ms, size_t *size, struct kvmi_error *err)
 {
-	int64_t deadline = now_ms() + vm->timeout;
+	int64_t deadline = now_ms() + ms;
 	unsigned int id = pending->id;
 
 	while (pending->state == PENDING_WAITING) {
@@ -1051,7 +1112,7 @@ static enum kvmi_status wait_for(struct kvmi_vm *vm, struct pending *pending,
 		if (status != KVMI_OK && pending->state == PENDING_WAITING) {
 			abandon(pending);
 			return status == KVMI_ERR_TIMEOUT ?
-			       too_late(vm, id, err) : status;
+			       too_late(ms, id, err) : status;
 		}
 	}
 
@@ -1069,7 +1130,7 @@ bool vm_has_ended(struct kvmi_vm *vm, struct pending *pending, int64_t deadline,
 	if (vm->state == VM_BROKEN)
 		copy_broken(vm, err);
 	else if (now_ms() >= deadline)
-		too_late(vm, pending->id, err);
+		too_late(vm->timeout, pending->id, err);
 	else
 		return false;
 	abandon(pending);
@@ -1077,16 +1138,25 @@ bool vm_has_ended(struct kvmi_vm *vm, struct pending *pending, int64_t deadline,
 	return true;
 }
 
-enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
-			 size_t *size, struct kvmi_error *err)
+enum kvmi_status vm_wait_until(struct kvmi_vm *vm, struct pending *pending,
+			       int64_t deadline, size_t *size,
+			       struct kvmi_error *err)
 {
+	int64_t left = deadline - now_ms();
 	enum kvmi_status status;
 
 	vm_lock(vm);
-	status = wait_for(vm, pending, size, err);
+	status = wait_for(vm, pending, left < 0 ? 0 : left < vm->timeout ?
+			  left : vm->timeout, size, err);
 	vm_unlock(vm);
 
 	return status;
+}
+
+enum kvmi_status vm_wait(struct kvmi_vm *vm, struct pending *pending,
+			 size_t *size, struct kvmi_error *err)
+{
+	return vm_wait_until(vm, pending, INT64_MAX, size, err);
 }
 
 enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
@@ -1098,8 +1168,8 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 	enum kvmi_status status;
 	size_t size;
 
-	status = vm_start(vm, id, parts, part_count, data, capacity, &pending,
-			  err);
+	status = vm_start_waiting(vm, id, parts, part_count, data, capacity,
+				  &pending, err);
 	if (status == KVMI_OK)
 		status = vm_wait(vm, pending, &size, err);
 	if (status == KVMI_OK && size < least)
@@ -1484,12 +1554,12 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 					      struct kvmi_error *err)
 {
 	struct kvmi_vcpu_hdr vcpu = { 0 };
-	enum kvmi_status status;
+	enum kvmi_status status, answered;
 	struct kvm_regs copy;
 	const struct iovec parts[] = {
 		{ &vcpu, sizeof(vcpu) }, { &copy, sizeof(copy) },
 	};
-	struct pending *pending;
+	struct pending *pending = NULL;
 
 	if (!vm || !event || !regs)
 		return fail(err, KVMI_ERR_ARGUMENT,
@@ -1498,16 +1568,22 @@ enum kvmi_status kvmi_vm_reply_with_registers(struct kvmi_vm *vm,
 	vcpu.vcpu = event->vcpu;
 	copy = *regs;
 	vm_lock(vm);
+	/* before the check: this lets others have the lock */
+	wait_for_place(vm, NULL);
 	status = check_reply(vm, event, action, err);
-	if (status == KVMI_OK)
+	if (status == KVMI_OK) {
 		status = start(vm, KVMI_VCPU_SET_REGISTERS, parts, 2, NULL, 0,
 			       &pending, err);
-	if (status == KVMI_OK) {
-		status = queue_reply(vm, event, action, NULL, err);
-		if (status == KVMI_OK)
-			status = wait_for(vm, pending, NULL, err);
-		else
+		answered = queue_reply(vm, event, action, NULL,
+				       status == KVMI_OK ? err : NULL);
+		if (answered == KVMI_OK)
+			answered = push(vm, status == KVMI_OK ? err : NULL);
+		if (status == KVMI_OK && answered == KVMI_OK)
+			status = wait_for(vm, pending, vm->timeout, NULL, err);
+		else if (status == KVMI_OK) {
 			abandon(pending);
+			status = answered;
+		}
 	}
 	vm_unlock(vm);
 

@@ -364,6 +364,32 @@ static void test_handshake_cut(void)
 	}
 }
 
+/* Goes on before it has been answered, until nobody takes it any more */
+static void script_talkative(struct sim *sim)
+{
+	uint8_t bytes[1000] = { 104 };
+
+	sim_send(sim, bytes, 104);
+	while (send(sim->fd, bytes, sizeof(bytes), MSG_NOSIGNAL) > 0)
+		;
+}
+
+static void test_handshake_talkative(void)
+{
+	struct sim *sim = sim_new();
+	enum kvmi_status status;
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+
+	sim_start(sim, script_talkative);
+	vm = open_vm(sim);
+	do {
+		status = kvmi_vm_process(vm, &err);
+	} while (status == KVMI_OK || status == KVMI_ERR_NOTHING);
+	g_assert_cmpint(status, ==, KVMI_ERR_PROTOCOL);
+	done(sim, vm);
+}
+
 static void script_refuse(struct sim *sim)
 {
 	sim_handshake(sim);
@@ -1530,6 +1556,130 @@ static void test_limit(void)
 	done(sim, vm);
 }
 
+static gpointer take_answers(gpointer context)
+{
+	struct kvmi_call **calls = context;
+	unsigned int i;
+
+	g_usleep(50000);
+	for (i = 0; i < MAX_PENDING; i++)
+		ok(kvmi_call_wait(calls[i], err));
+
+	return NULL;
+}
+
+/* All places are taken, by others who will give them back */
+static void test_limit_of_others(void)
+{
+	static struct kvmi_memory_op ops[MAX_PENDING + 100];
+	static uint8_t data[MAX_PENDING + 100];
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct kvmi_page_access page = { 0x5000, KVMI_PAGE_R };
+	struct kvmi_call *calls[MAX_PENDING], *call;
+	unsigned int i, round, count;
+	uint16_t vcpu = 0;
+	GThread *thread;
+
+	for (i = 0; i < G_N_ELEMENTS(ops); i++)
+		ops[i] = (struct kvmi_memory_op){ .gpa = i, .data = &data[i],
+						  .size = 1 };
+	for (round = 0; round < 4; round++) {
+		for (i = 0; i < MAX_PENDING; i++)
+			ok(kvmi_vm_start_read_physical(vm, 0, data, 1, &calls[i],
+						       err));
+		thread = g_thread_new("others", take_answers, calls);
+		switch (round) {
+		case 0:
+			ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+			break;
+		case 1:
+			ok(kvmi_vm_read_many(vm, ops, G_N_ELEMENTS(ops), err));
+			break;
+		case 2:
+			ok(kvmi_vm_set_page_access(vm, &page, 1, err));
+			break;
+		case 3:
+			ok(kvmi_vm_pause_vcpus(vm, &vcpu, 1, false, NULL, err));
+		}
+		g_thread_join(thread);
+	}
+
+	/* Some are left: enough for all, by and by */
+	for (i = 0; i < MAX_PENDING - 3; i++)
+		ok(kvmi_vm_start_read_physical(vm, 0, data, 1, &calls[i], err));
+	ok(kvmi_vm_read_many(vm, ops, G_N_ELEMENTS(ops), err));
+	/* but these don't wait */
+	for (; i < MAX_PENDING; i++)
+		ok(kvmi_vm_start_read_physical(vm, 0, data, 1, &calls[i], err));
+	fails(kvmi_vm_start_read_physical(vm, 0, data, 1, &call, err),
+	      KVMI_ERR_LIMIT);
+	take_answers(calls);
+	done(sim, vm);
+}
+
+/* The event is answered though the registers could not be set */
+static void test_limit_and_reply(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct kvmi_call *calls[MAX_PENDING];
+	struct kvmi_vm_event *event;
+	struct kvm_regs regs = { 0 };
+	unsigned int i, count;
+	uint8_t data;
+
+	sim->event_before = KVMI_VM_GET_INFO;
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	event = kvmi_vm_next_event(vm);
+	for (i = 0; i < MAX_PENDING; i++)
+		ok(kvmi_vm_start_read_physical(vm, 0, &data, 1, &calls[i], err));
+	ok(kvmi_vm_set_timeout(vm, 50, err));
+	fails(kvmi_vm_reply_with_registers(vm, event, KVMI_ACTION_RETRY, &regs,
+					   err), KVMI_ERR_LIMIT);
+	fails(kvmi_vm_reply(vm, event, KVMI_ACTION_RETRY, err),
+	      KVMI_ERR_ANSWERED);
+	kvmi_vm_event_free(event);
+	ok(kvmi_vm_set_timeout(vm, 3000, err));
+	take_answers(calls);
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(sim->replies, ==, 1);
+	done(sim, vm);
+}
+
+/* Several commands that nobody answers take the time of one */
+static void test_one_timeout(void)
+{
+	static struct kvmi_page_access pages[511 * 5];
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	enum kvmi_status status[300];
+	uint16_t vcpus[300] = { 0 };
+	gint64 start;
+	unsigned int i;
+
+	for (i = 0; i < G_N_ELEMENTS(pages); i++)
+		pages[i] = (struct kvmi_page_access){ 0x1000, KVMI_PAGE_R };
+	ok(kvmi_vm_set_timeout(vm, 200, err));
+	sim->silent_id = KVMI_VM_PAUSE_VCPU;
+	start = g_get_monotonic_time();
+	fails(kvmi_vm_pause_vcpus(vm, vcpus, 300, true, status, err),
+	      KVMI_ERR_TIMEOUT);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 400 * 1000);
+	g_assert_cmpint(status[0], ==, KVMI_ERR_TIMEOUT);
+	g_assert_cmpint(status[255], ==, KVMI_ERR_TIMEOUT);
+	/* these have not been asked */
+	g_assert_cmpint(status[256], ==, KVMI_ERR_LIMIT);
+	g_assert_cmpint(status[299], ==, KVMI_ERR_LIMIT);
+
+	sim->silent_id = KVMI_VM_SET_PAGE_ACCESS;
+	start = g_get_monotonic_time();
+	fails(kvmi_vm_set_page_access(vm, pages, G_N_ELEMENTS(pages), err),
+	      KVMI_ERR_TIMEOUT);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 400 * 1000);
+	done(sim, vm);
+}
+
 /* A peer that does not read: sending must not hang */
 static void script_deaf(struct sim *sim)
 {
@@ -2049,6 +2199,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/bad-size", test_handshake_bad_size);
 	g_test_add_func("/lib/handshake/timeout", test_handshake_timeout);
 	g_test_add_func("/lib/handshake/cut", test_handshake_cut);
+	g_test_add_func("/lib/handshake/talkative", test_handshake_talkative);
 	g_test_add_func("/lib/handshake/refused", test_handshake_refused);
 	g_test_add_func("/lib/handshake/old-protocol", test_old_protocol);
 	g_test_add_func("/lib/handshake/allowed", test_allowed);
@@ -2068,6 +2219,9 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/pieces", test_pieces);
 	g_test_add_func("/lib/timeout", test_timeout);
 	g_test_add_func("/lib/limit", test_limit);
+	g_test_add_func("/lib/limit/others", test_limit_of_others);
+	g_test_add_func("/lib/limit/reply", test_limit_and_reply);
+	g_test_add_func("/lib/timeout/one", test_one_timeout);
 	g_test_add_func("/lib/deaf", test_deaf);
 	g_test_add_func("/lib/deaf-for-a-while", test_deaf_for_a_while);
 	g_test_add_func("/lib/no-poll-fd", test_no_poll_fd);

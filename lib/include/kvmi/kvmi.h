@@ -623,8 +623,10 @@ enum kvmi_status kvmi_vm_pause_vcpu(struct kvmi_vm *vm, unsigned int vcpu,
 				    bool wait, struct kvmi_error *err);
 
 /*
- * The same for several, all asked before the first answer is waited for.
- * status (NULL or count elements) gets the result of each.
+ * The same for several, all asked before the first answer is waited for; the
+ * first that does not come in time ends the waiting.  status (NULL or count
+ * elements) gets the result of each.  KVMI_ERR_TIMEOUT: it was asked, its PAUSE
+ * can still come.  KVMI_ERR_LIMIT: it was not asked, because of those before.
  */
 enum kvmi_status kvmi_vm_pause_vcpus(struct kvmi_vm *vm,
 				     const uint16_t *vcpus, size_t count,
