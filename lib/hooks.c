@@ -50,10 +50,12 @@ struct kvmi_hook {
 	bool leftover;		/* connection lost while planted: the INT3 may
 				   still be there */
 	bool retired;		/* taken out for good in this guest */
+	bool going;		/* taken out, to be removed */
 };
 
 struct vcpu {
-	bool enabled;			/* BREAKPOINT (and PF) is */
+	bool enabled;			/* BREAKPOINT is */
+	bool pf_enabled;
 	bool stepping;			/* SINGLESTEP is ours */
 	bool fix_registers;		/* open->state is not what the vCPU has */
 	struct kvmi_vm_event *open;	/* not answered yet */
@@ -83,7 +85,9 @@ struct kvmi_hooks {
 	struct vcpu *vcpus;
 	unsigned int vcpu_count;
 	bool can_step;
+	bool pf_wanted;		/* all vCPUs have been asked for PF */
 	bool holding;		/* do not answer PAUSE events */
+	int64_t stop_deadline;	/* of the last hold() */
 	bool unhook;		/* KVMI_EV_UNHOOK came */
 	int64_t unhook_ms;
 	bool lost;		/* the connection is gone */
@@ -308,6 +312,7 @@ static bool hold(struct kvmi_hooks *h, int except)
 
 	take_events(h);
 	h->holding = true;
+	h->stop_deadline = now_ms() + STOP_TIMEOUT_MS;
 
 	list = calloc(h->vcpu_count, sizeof(*list));
 	status = calloc(h->vcpu_count, sizeof(*status));
@@ -322,8 +327,8 @@ static bool hold(struct kvmi_hooks *h, int except)
 				continue;
 			list[count++] = i;
 		}
-		all = kvmi_vm_pause_vcpus(h->vm, list, count, true, status,
-					  &err);
+		all = vm_pause_vcpus(h->vm, list, count, true,
+				     h->stop_deadline, status, &err);
 		for (i = 0; i < count; i++)
 			if (status[i] == KVMI_OK ||
 			    status[i] == KVMI_ERR_TIMEOUT)
@@ -353,7 +358,6 @@ static void release(struct kvmi_hooks *h)
 /* After hold(): until all events that stop them are here */
 static bool wait_all_stopped(struct kvmi_hooks *h)
 {
-	int64_t deadline = now_ms() + STOP_TIMEOUT_MS;
 	unsigned int i;
 
 	do {
@@ -363,7 +367,7 @@ static bool wait_all_stopped(struct kvmi_hooks *h)
 				break;
 		if (i == h->vcpu_count)
 			return true;
-	} while (wait_event(h, deadline));
+	} while (wait_event(h, h->stop_deadline));
 
 	return false;
 }
@@ -1191,6 +1195,20 @@ static void handle_hit(struct kvmi_hooks *h, unsigned int vcpu)
 		step_over(h, vcpu, bp);
 }
 
+static void handle_all(struct kvmi_hooks *h)
+{
+	unsigned int i;
+
+	for (i = 0; i < h->vcpu_count && !h->lost; i++) {
+		if (!h->vcpus[i].open)
+			continue;
+		if (h->vcpus[i].open->id == KVMI_EV_BREAKPOINT)
+			handle_hit(h, i);
+		else if (h->vcpus[i].open->id == KVMI_EV_PF)
+			handle_page(h, i);
+	}
+}
+
 /*
  * Looks at the code at each breakpoint of list, which is sorted.  Keeps those
  * that can be planted; returns how many.
@@ -1335,6 +1353,32 @@ enum kvmi_status kvmi_hooks_add(struct kvmi_hooks *h, uint64_t gva,
 	return KVMI_OK;
 }
 
+/*
+ * A hit that is on its way when it is forgotten whose it is becomes a #BP in the
+ * guest.  So each vCPU is asked once more, and hits of this one are answered,
+ * even if UNHOOK has come meanwhile.
+ */
+static bool let_hits_go(struct kvmi_hooks *h, const struct kvmi_hook *hook)
+{
+	unsigned int i;
+	bool all;
+
+	hold(h, -1);
+	all = wait_all_stopped(h) || h->lost;
+	for (i = 0; i < h->vcpu_count; i++) {
+		const struct kvmi_vm_event *event = h->vcpus[i].open;
+
+		if (event && event->id == KVMI_EV_BREAKPOINT &&
+		    hook_of(h, event) == hook)
+			answer(h, i, KVMI_ACTION_RETRY, NULL);
+	}
+	release(h);
+	if (!is_leaving(h))
+		handle_all(h);
+
+	return all;
+}
+
 enum kvmi_status kvmi_hooks_remove(struct kvmi_hooks *h, struct kvmi_hook *hook,
 				   struct kvmi_error *err)
 {
@@ -1343,19 +1387,17 @@ enum kvmi_status kvmi_hooks_remove(struct kvmi_hooks *h, struct kvmi_hook *hook,
 
 	if (!h || !hook)
 		return fail(err, KVMI_ERR_ARGUMENT, "no hooks or no hook");
-	if (h->vm && hook->planted) {
-		if (!change_byte(h, hook->gpa, INT3, hook->insn.bytes[0], &was))
+	if (h->vm && may_be_in(hook)) {
+		if ((hook->planted || hook->leftover) &&
+		    !change_byte(h, hook->gpa, INT3, hook->insn.bytes[0], &was))
 			return fail(err, KVMI_ERR_CLOSED,
 				    "the breakpoint could not be taken out");
-		/*
-		 * Hits that are on their way: each vCPU is asked once more, so
-		 * that they have come before it is forgotten whose they are.
-		 */
-		hook->planted = false;
-		hold(h, -1);
-		wait_all_stopped(h);
-		kvmi_hooks_dispatch(h);
-		release(h);
+		hook->planted = hook->leftover = false;
+		hook->going = true;
+		if (!let_hits_go(h, hook))
+			return fail(err, KVMI_ERR_BUSY,
+				    "the breakpoint is out, but not all vCPUs have stopped within %d ms: one may be at it; try again",
+				    STOP_TIMEOUT_MS);
 	}
 	place = place_of(h, hook->gpa);
 	memmove(&h->list[place], &h->list[place + 1],
@@ -1418,6 +1460,7 @@ enum kvmi_status kvmi_hooks_restrict(struct kvmi_hooks *h, uint64_t gpa,
 {
 	struct kvmi_page_access page = { gpa & ~(PAGE_SIZE - 1), access };
 	struct kvmi_page_access *pages;
+	enum kvmi_status status;
 	size_t i;
 
 	if (!h || access > KVMI_PAGE_RWX)
@@ -1438,7 +1481,15 @@ enum kvmi_status kvmi_hooks_restrict(struct kvmi_hooks *h, uint64_t gpa,
 		h->pages[h->page_count++] = page;
 	}
 
-	return h->vm ? kvmi_vm_set_page_access(h->vm, &page, 1, err) : KVMI_OK;
+	if (!h->vm)
+		return KVMI_OK;
+	if (access != KVMI_PAGE_RWX && !h->pf_wanted) {
+		status = kvmi_hooks_look_for_vcpus(h, err);
+		if (status != KVMI_OK)
+			return status;
+	}
+
+	return kvmi_vm_set_page_access(h->vm, &page, 1, err);
 }
 
 void kvmi_hooks_set_paging(struct kvmi_hooks *h,
@@ -1451,6 +1502,26 @@ void kvmi_hooks_set_paging(struct kvmi_hooks *h,
 /* ------------------------------------------------------------------------
  * For users: a connection
  */
+
+/* An event, unless it is already */
+static enum kvmi_status enable(struct kvmi_hooks *h, unsigned int vcpu,
+			       unsigned int id, struct kvmi_error *err)
+{
+	struct vcpu *v = &h->vcpus[vcpu];
+	enum kvmi_status status;
+
+	if (id == KVMI_EV_PF ? v->pf_enabled : v->enabled)
+		return KVMI_OK;
+	status = kvmi_vcpu_control_events(h->vm, vcpu, id, true, err);
+	if (status != KVMI_OK)
+		return status;
+	if (id == KVMI_EV_PF)
+		v->pf_enabled = true;
+	else
+		v->enabled = true;
+
+	return KVMI_OK;
+}
 
 enum kvmi_status kvmi_hooks_look_for_vcpus(struct kvmi_hooks *h,
 					   struct kvmi_error *err)
@@ -1470,25 +1541,24 @@ enum kvmi_status kvmi_hooks_look_for_vcpus(struct kvmi_hooks *h,
 			*err = local;
 		return status;
 	}
-	for (i = 0; i < count && !h->lost; i++) {
-		if (h->vcpus[i].enabled)
-			continue;
-		status = kvmi_vcpu_control_events(h->vm, i, KVMI_EV_BREAKPOINT,
-						  true, &local);
-		if (status == KVMI_OK && h->page_count)
-			status = kvmi_vcpu_control_events(h->vm, i, KVMI_EV_PF,
-							  true, &local);
+	if (h->page_count)
+		h->pf_wanted = true;
+	for (i = 0; i < count && !is_leaving(h); i++) {
+		status = enable(h, i, KVMI_EV_BREAKPOINT, &local);
+		if (status == KVMI_OK && h->pf_wanted)
+			status = enable(h, i, KVMI_EV_PF, &local);
 		take_events(h);
-		if (status == KVMI_OK) {
-			h->vcpus[i].enabled = true;
-		} else if (status != KVMI_ERR_NOT_STARTED) {
-			is_lost(h, status, &local);
-			if (first == KVMI_OK) {
-				first = status;
-				if (err)
-					*err = local;
-			}
+		if (status == KVMI_OK || status == KVMI_ERR_NOT_STARTED)
+			continue;
+		is_lost(h, status, &local);
+		if (first == KVMI_OK) {
+			first = status;
+			if (err)
+				*err = local;
 		}
+		/* the others would be as slow */
+		if (status == KVMI_ERR_TIMEOUT)
+			break;
 	}
 
 	return first;
@@ -1507,8 +1577,9 @@ enum kvmi_status kvmi_hooks_attach(struct kvmi_hooks *h, struct kvmi_vm *vm,
 	if (!h->walker)
 		return KVMI_ERR_SYSTEM;
 	h->vm = vm;
-	h->unhook = h->lost = h->holding = false;
+	h->unhook = h->lost = h->holding = h->pf_wanted = false;
 	h->foreign = 0;
+	h->freed_count = 0;
 	h->can_step = kvmi_vm_get_version(vm)->singlestep &&
 		kvmi_vm_check_command(vm, KVMI_CMD_VCPU_CONTROL_SINGLESTEP,
 				      NULL) == KVMI_OK &&
@@ -1559,20 +1630,6 @@ uint64_t kvmi_hooks_foreign(const struct kvmi_hooks *h)
 	return h->foreign;
 }
 
-static void handle_all(struct kvmi_hooks *h)
-{
-	unsigned int i;
-
-	for (i = 0; i < h->vcpu_count && !h->lost; i++) {
-		if (!h->vcpus[i].open)
-			continue;
-		if (h->vcpus[i].open->id == KVMI_EV_BREAKPOINT)
-			handle_hit(h, i);
-		else if (h->vcpus[i].open->id == KVMI_EV_PF)
-			handle_page(h, i);
-	}
-}
-
 bool kvmi_hooks_dispatch(struct kvmi_hooks *h)
 {
 	unsigned int i;
@@ -1612,7 +1669,8 @@ enum kvmi_status kvmi_hooks_plant(struct kvmi_hooks *h,
 	if (!list)
 		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
 	for (i = 0; i < h->list_count; i++)
-		if (!h->list[i]->planted && !h->list[i]->retired)
+		if (!h->list[i]->planted && !h->list[i]->retired &&
+		    !h->list[i]->going)
 			list[count++] = h->list[i];
 	count = prepare_all(h, list, count);
 	result->wanted = count;
@@ -1764,6 +1822,7 @@ size_t kvmi_hooks_detach(struct kvmi_hooks *h)
 	for (i = 0; i < h->list_count; i++) {
 		struct kvmi_hook *hook = h->list[i];
 
+		hook->going = false;
 		/* the INT3 may be there when the VM comes back */
 		if (hook->planted) {
 			hook->planted = false;

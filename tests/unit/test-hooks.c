@@ -603,6 +603,120 @@ static void test_late_step(void)
 	world_free(world);
 }
 
+/* vCPU 1 is at the breakpoint when that is removed; and UNHOOK comes */
+static bool hit_and_unhook(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	/* the PAUSE that was asked for comes after the answer to the hit */
+	if (is_reply(world, KVMI_VCPU_EVENT_BREAKPOINT, KVMI_ACTION_RETRY)) {
+		sim_event(sim, 1, KVMI_VCPU_EVENT_PAUSE, NULL, 0);
+		return true;
+	}
+	if (sim->last.id != KVMI_VM_PAUSE_VCPU || sim->last_body[0] != 1)
+		return false;
+	sim_unhook(sim);
+	send_breakpoint(sim, 3);
+	sim_answer(sim, sim->last.id, sim->last.seq, 0, NULL, 0);
+
+	return true;
+}
+
+static void test_remove_hit(void)
+{
+	struct world *world = world_new();
+	struct kvmi_hook *hook = add(world, 3);
+
+	add(world, 0);
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	world->special = hit_and_unhook;
+	ok(kvmi_hooks_remove(world->hooks, hook, err));
+	world->special = NULL;
+	g_assert_true(kvmi_hooks_is_leaving(world->hooks));
+	ok(kvmi_hooks_take_out(world->hooks, NULL, err));
+	g_assert_cmpint(atomic_load(&world->passed), ==, 0);
+	world_free(world);
+}
+
+/* All commands are answered, but no vCPU stops */
+static bool hang_on(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	if (sim->last.id != KVMI_VM_PAUSE_VCPU)
+		return false;
+	sim_answer(sim, sim->last.id, sim->last.seq, 0, NULL, 0);
+
+	return true;
+}
+
+static void test_remove_busy(void)
+{
+	struct world *world = world_new();
+	struct kvmi_hook *hook = add(world, 3);
+	struct kvmi_hooks_result result;
+	struct kvmi_error err;
+
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	world->special = hang_on;
+	g_assert_cmpint(kvmi_hooks_remove(world->hooks, hook, &err), ==,
+			KVMI_ERR_BUSY);
+	g_assert_cmphex(world->sim.memory[CODE_GPA + 3], ==, 0x55);
+	/* it is not forgotten */
+	world->special = NULL;
+	atomic_store(&world->hits_wanted, 4);
+	dispatch(world);
+	g_assert_cmpint(atomic_load(&world->last_action), ==,
+			KVMI_ACTION_RETRY);
+	ok(kvmi_hooks_plant(world->hooks, &result, err));
+	g_assert_cmpint(result.wanted, ==, 0);
+	g_assert_cmphex(world->sim.memory[CODE_GPA + 3], ==, 0x55);
+	world_free(world);
+}
+
+/* The first page when breakpoints are there already */
+static void test_restrict_later(void)
+{
+	struct world *world = world_new();
+
+	add(world, 3);
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	g_assert_cmpint(kvmi_hooks_vcpus(world->hooks), ==, 2);
+	g_assert_cmphex(atomic_load(&world->enabled[1]), ==,
+			1 << KVMI_VCPU_EVENT_BREAKPOINT);
+	ok(kvmi_hooks_restrict(world->hooks, 0x5000, KVMI_PAGE_R, err));
+	g_assert_cmpint(world->sim.access[5], ==, 6);
+	g_assert_cmphex(atomic_load(&world->enabled[0]), ==,
+			1 << KVMI_VCPU_EVENT_BREAKPOINT |
+			1 << KVMI_VCPU_EVENT_PF);
+	g_assert_cmphex(atomic_load(&world->enabled[1]), ==,
+			1 << KVMI_VCPU_EVENT_BREAKPOINT |
+			1 << KVMI_VCPU_EVENT_PF);
+	world_free(world);
+}
+
+/* A VM that doesn't answer, and a tool with much patience */
+static void test_slow(void)
+{
+	struct world *world = world_new();
+	struct kvmi_hook *hook = add(world, 3);
+	struct kvmi_error err;
+	gint64 start;
+
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	ok(kvmi_vm_set_timeout(world->vm, 60000, err));
+	world->sim.silent_id = KVMI_VM_PAUSE_VCPU;
+	start = g_get_monotonic_time();
+	g_assert_cmpint(kvmi_hooks_remove(world->hooks, hook, &err), ==,
+			KVMI_ERR_BUSY);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 4000000);
+	world_free(world);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
@@ -613,6 +727,10 @@ int main(int argc, char **argv)
 	g_test_add_func("/hooks/page-in-step", test_page_in_step);
 	g_test_add_func("/hooks/no-step", test_no_step);
 	g_test_add_func("/hooks/late-step", test_late_step);
+	g_test_add_func("/hooks/remove/hit", test_remove_hit);
+	g_test_add_func("/hooks/remove/busy", test_remove_busy);
+	g_test_add_func("/hooks/restrict-later", test_restrict_later);
+	g_test_add_func("/hooks/slow", test_slow);
 
 	return g_test_run();
 }

@@ -99,7 +99,12 @@ void kvmi_hooks_free(struct kvmi_hooks *hooks);
 enum kvmi_status kvmi_hooks_add(struct kvmi_hooks *hooks, uint64_t gva,
 				uint64_t gpa, void *cookie,
 				struct kvmi_hook **hook, struct kvmi_error *err);
-/* Takes it out first, if it is in; on failure it stays */
+/*
+ * Takes it out first, if it is in; on failure it stays in the set.
+ * KVMI_ERR_BUSY: it is out, but vCPUs that may be at it have not answered; to
+ * be tried again.  Until then it is not planted, or only after the next
+ * kvmi_hooks_attach().
+ */
 enum kvmi_status kvmi_hooks_remove(struct kvmi_hooks *hooks,
 				   struct kvmi_hook *hook,
 				   struct kvmi_error *err);
