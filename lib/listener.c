@@ -16,6 +16,7 @@
 
 struct kvmi_listener {
 	int fd;
+	pthread_mutex_t lock;	/* of the key and the secret */
 	uint8_t cookie_hash[SHA1_SIZE];
 	size_t secret_size;	/* 0: none */
 	uint8_t secret[KVMI_SECRET_MAX];
@@ -84,6 +85,7 @@ struct kvmi_listener *kvmi_listener_new_unix(const char *path, unsigned int mode
 		fail_errno(err, ENOMEM, "listening");
 		return NULL;
 	}
+	pthread_mutex_init(&listener->lock, NULL);
 	listener->fd = -1;
 	listener->address.sun_family = AF_UNIX;
 	if (strlen(path) >= sizeof(listener->address.sun_path)) {
@@ -155,6 +157,7 @@ struct kvmi_listener *kvmi_listener_new_vsock(unsigned int port,
 		fail_errno(err, ENOMEM, "listening");
 		return NULL;
 	}
+	pthread_mutex_init(&listener->lock, NULL);
 	listener->fd = socket(AF_VSOCK,
 			      SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (listener->fd < 0) {
@@ -176,12 +179,16 @@ enum kvmi_status kvmi_listener_set_key(struct kvmi_listener *listener,
 				       const void *key, size_t size,
 				       struct kvmi_error *err)
 {
+	uint8_t hash[SHA1_SIZE] = { 0 };
+
 	if (!listener || (size && !key))
 		return fail(err, KVMI_ERR_ARGUMENT, "no listener or no key");
 
-	memset(listener->cookie_hash, 0, SHA1_SIZE);
 	if (size)
-		sha1(key, size, listener->cookie_hash);
+		sha1(key, size, hash);
+	pthread_mutex_lock(&listener->lock);
+	memcpy(listener->cookie_hash, hash, sizeof(hash));
+	pthread_mutex_unlock(&listener->lock);
 
 	return KVMI_OK;
 }
@@ -195,8 +202,10 @@ enum kvmi_status kvmi_listener_set_secret(struct kvmi_listener *listener,
 			    "no listener, or a secret of %zu bytes: 1 to %d",
 			    size, KVMI_SECRET_MAX);
 
+	pthread_mutex_lock(&listener->lock);
 	memcpy(listener->secret, secret, size);
 	listener->secret_size = size;
+	pthread_mutex_unlock(&listener->lock);
 
 	return KVMI_OK;
 }
@@ -210,6 +219,7 @@ enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
 				      struct kvmi_vm **vm,
 				      struct kvmi_error *err)
 {
+	enum kvmi_status status = KVMI_OK;
 	int fd;
 
 	if (!listener || !vm)
@@ -228,17 +238,18 @@ enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
 		return fail_errno(err, errno, "accept");
 	}
 
+	pthread_mutex_lock(&listener->lock);
 	*vm = vm_new(fd, listener->cookie_hash, err);
+	if (*vm && listener->secret_size)
+		status = kvmi_vm_set_secret(*vm, listener->secret,
+					    listener->secret_size, err);
+	pthread_mutex_unlock(&listener->lock);
 	if (!*vm) {
 		close(fd);
 		return KVMI_ERR_SYSTEM;
 	}
 
-	if (listener->secret_size)
-		return kvmi_vm_set_secret(*vm, listener->secret,
-					  listener->secret_size, err);
-
-	return KVMI_OK;
+	return status;
 }
 
 enum kvmi_status kvmi_listener_wait(struct kvmi_listener *listener, int ms,
@@ -280,6 +291,7 @@ void kvmi_listener_free(struct kvmi_listener *listener)
 	    info.st_dev == listener->device && info.st_ino == listener->inode)
 		unlink(listener->address.sun_path);
 	close(listener->fd);
+	pthread_mutex_destroy(&listener->lock);
 	explicit_bzero(listener, sizeof(*listener));
 	free(listener);
 }

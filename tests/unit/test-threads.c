@@ -5,6 +5,9 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include <glib.h>
 
@@ -498,6 +501,54 @@ static void test_pollers(void)
 	g_free(sim);
 }
 
+struct keys {
+	struct kvmi_listener *listener;
+	atomic_bool stop;
+};
+
+static gpointer change_keys(gpointer context)
+{
+	struct keys *keys = context;
+
+	while (!atomic_load(&keys->stop)) {
+		kvmi_listener_set_key(keys->listener, "a key", 5, NULL);
+		kvmi_listener_set_secret(keys->listener, "a secret", 8, NULL);
+	}
+
+	return NULL;
+}
+
+/* The key changes while VMs come */
+static void test_keys(void)
+{
+	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(folder, "socket", NULL);
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	struct keys keys = { 0 };
+	GThread *thread;
+	unsigned int i;
+
+	keys.listener = kvmi_listener_new_unix(path, 0, NULL);
+	g_assert_nonnull(keys.listener);
+	g_strlcpy(address.sun_path, path, sizeof(address.sun_path));
+	thread = g_thread_new("keys", change_keys, &keys);
+	for (i = 0; i < 100; i++) {
+		int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		struct kvmi_vm *vm;
+
+		g_assert_cmpint(connect(fd, (struct sockaddr *)&address,
+					sizeof(address)), ==, 0);
+		g_assert_cmpint(kvmi_listener_wait(keys.listener, 5000, &vm,
+						   NULL), ==, KVMI_OK);
+		kvmi_vm_close(vm);
+		close(fd);
+	}
+	atomic_store(&keys.stop, true);
+	g_thread_join(thread);
+	kvmi_listener_free(keys.listener);
+	rmdir(folder);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
@@ -507,6 +558,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/threads/beside-a-loop", test_beside_a_loop);
 
 	g_test_add_func("/threads/pollers", test_pollers);
+	g_test_add_func("/threads/keys", test_keys);
 
 	return g_test_run();
 }
