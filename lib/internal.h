@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 
 #include <kvmi/kvmi.h>
@@ -111,6 +112,7 @@ enum vm_state {
 };
 
 struct kvmi_vm {
+	pid_t pid;		/* that it was made in */
 	int fd;			/* the socket */
 	/* The rest of kvmi_vm_fd(), see tell_pollers(): with is_polled */
 	int ready_fd;		/* an eventfd */

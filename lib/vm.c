@@ -202,6 +202,7 @@ struct kvmi_vm *vm_new(int fd, const uint8_t cookie_hash[SHA1_SIZE],
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&vm->changed, &attributes);
 	pthread_condattr_destroy(&attributes);
+	vm->pid = getpid();
 	vm->fd = vm->poll_fd = fd;
 	vm->ready_fd = -1;
 	vm->timeout = DEFAULT_TIMEOUT_MS;
@@ -1262,18 +1263,26 @@ const struct kvmi_vm_version *kvmi_vm_get_version(const struct kvmi_vm *vm)
 void kvmi_vm_close(struct kvmi_vm *vm)
 {
 	struct queued_event *entry;
+	bool is_ours;
 
 	if (!vm)
 		return;
 
 	/*
+	 * In a child of that process the connection is the parent's, and the
+	 * lock may be held by a thread that there isn't.
+	 */
+	is_ours = vm->pid == getpid();
+
+	/*
 	 * An answer that is still here would turn into "continue", which puts
 	 * a #BP into the guest.  What is received meanwhile does not matter.
 	 */
-	kvmi_vm_flush(vm, NULL);
+	if (is_ours)
+		kvmi_vm_flush(vm, NULL);
 
 	/* Whoever is to be told of an answer learns that none will come */
-	if (vm->first_call) {
+	if (is_ours && vm->first_call) {
 		kvmi_vm_shutdown(vm);
 		kvmi_vm_dispatch(vm);
 	}
@@ -1290,8 +1299,10 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 	free(vm->open);
 	free(vm->input);
 	free(vm->output);
-	pthread_cond_destroy(&vm->changed);
-	pthread_mutex_destroy(&vm->lock);
+	if (is_ours) {
+		pthread_cond_destroy(&vm->changed);
+		pthread_mutex_destroy(&vm->lock);
+	}
 	explicit_bzero(vm, sizeof(*vm));
 	free(vm);
 }

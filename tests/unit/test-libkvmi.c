@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <linux/vm_sockets.h>
@@ -1502,6 +1503,38 @@ static void test_pieces(void)
  * Time
  */
 
+/* A child closes what it has while threads of the parent are busy with it */
+static void test_fork(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_vm *vm = connect_vm(sim);
+	struct kvmi_call *call;
+	unsigned int count;
+	uint8_t data;
+	int status;
+	pid_t child;
+
+	/* left to be sent */
+	pthread_mutex_lock(&vm->lock);
+	vm->output[0] = 1;
+	vm->output_end = 1;
+	child = fork();
+	if (!child) {
+		alarm(5);
+		kvmi_vm_close(vm);
+		_exit(0);
+	}
+	vm->output_end = 0;
+	pthread_mutex_unlock(&vm->lock);
+	g_assert_cmpint(waitpid(child, &status, 0), ==, child);
+	g_assert_cmpint(status, ==, 0);
+	/* nothing of it has arrived */
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	ok(kvmi_vm_start_read_physical(vm, 0, &data, 1, &call, err));
+	ok(kvmi_call_wait(call, err));
+	done(sim, vm);
+}
+
 static void script_late(struct sim *sim)
 {
 	struct kvmi_msg_hdr late;
@@ -2222,6 +2255,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/limit/others", test_limit_of_others);
 	g_test_add_func("/lib/limit/reply", test_limit_and_reply);
 	g_test_add_func("/lib/timeout/one", test_one_timeout);
+	g_test_add_func("/lib/fork", test_fork);
 	g_test_add_func("/lib/deaf", test_deaf);
 	g_test_add_func("/lib/deaf-for-a-while", test_deaf_for_a_while);
 	g_test_add_func("/lib/no-poll-fd", test_no_poll_fd);

@@ -242,7 +242,11 @@ void kvmi_listener_free(struct kvmi_listener *listener);
 struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
 			    struct kvmi_error *err);
 
-/* Closes the connection; KVM stops sending events and lets all vCPUs go on. */
+/*
+ * Closes the connection; KVM stops sending events and lets all vCPUs go on.
+ * After fork() it is the one function that a child may call: it closes what the
+ * child has, and leaves the connection to the parent.
+ */
 void kvmi_vm_close(struct kvmi_vm *vm);
 
 /*
