@@ -18,6 +18,11 @@
 #define WAITING_MAX 64
 /* QEMU allows commands only after the handshake */
 #define ALLOW_MS 1000
+/*
+ * For the first answer of KVM.  The thread does one after another, and some tools
+ * wait for their VM for 10 s.
+ */
+#define CONNECT_MS 4000
 
 _Static_assert(sizeof(struct kvmi_dom_event) == 8768, "layout");
 _Static_assert(offsetof(struct kvmi_dom_event, buf) == 576, "layout");
@@ -167,7 +172,7 @@ static bool connect_vm(struct kvmi_vm *vm)
 	enum kvmi_status status;
 	struct kvmi_error err;
 
-	kvmi_vm_set_timeout(vm, TIMEOUT_MS, NULL);
+	kvmi_vm_set_timeout(vm, CONNECT_MS, NULL);
 	status = kvmi_vm_connect(vm, 0, 0, &err);
 	if (status != KVMI_OK) {
 		complain(KVMI_LOG_LEVEL_ERROR, "%s", err.message);

@@ -50,7 +50,7 @@ struct dom {
 	size_t planted_capacity;
 	bool left;			/* all has been taken out */
 
-	pthread_mutex_t lock;		/* all below */
+	pthread_mutex_t lock;		/* all below; see dom_lock() */
 	struct kvmi_dom_event *first;
 	struct kvmi_dom_event **last;
 	size_t queued;
@@ -60,6 +60,9 @@ struct dom {
 	bool unhook;			/* it came */
 	atomic_bool leaving;		/* no more events for the tool */
 	uint32_t unhook_seq;
+	bool ctx_data;			/* it has been said that there is none */
+	kvmi_log_level level;		/* of... */
+	char complaint[256];		/* ...what is to be said; "": nothing */
 };
 
 /* compat.c */
@@ -72,6 +75,14 @@ int fails(int number);
 
 /* events.c */
 struct dom *dom_new(struct kvmi_vm *vm);
+/*
+ * The tool's log function may call any function: it is called by dom_unlock(),
+ * with what dom_complain() was told meanwhile (the first of it).
+ */
+void dom_lock(struct dom *dom);
+void dom_unlock(struct dom *dom);
+void dom_complain(struct dom *dom, kvmi_log_level level, const char *format, ...)
+	__attribute__((format(printf, 3, 4)));
 void dom_free(struct dom *dom);
 /* Takes over what the library has received; at the end of each request */
 void dom_look(struct dom *dom);

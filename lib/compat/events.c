@@ -2,6 +2,8 @@
 /* Events and their answers; leaving the guest as it was */
 
 #include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -73,6 +75,35 @@ struct dom *dom_new(struct kvmi_vm *vm)
 	return dom;
 }
 
+void dom_lock(struct dom *dom)
+{
+	pthread_mutex_lock(&dom->lock);
+}
+
+void dom_unlock(struct dom *dom)
+{
+	char text[sizeof(dom->complaint)];
+	kvmi_log_level level = dom->level;
+
+	memcpy(text, dom->complaint, sizeof(text));
+	dom->complaint[0] = 0;
+	pthread_mutex_unlock(&dom->lock);
+	if (text[0])
+		complain(level, "%s", text);
+}
+
+void dom_complain(struct dom *dom, kvmi_log_level level, const char *format, ...)
+{
+	va_list args;
+
+	if (dom->complaint[0] || atomic_load(&dom->leaving))
+		return;
+	va_start(args, format);
+	vsnprintf(dom->complaint, sizeof(dom->complaint), format, args);
+	va_end(args);
+	dom->level = level;
+}
+
 static void drop_events(struct dom *dom)
 {
 	struct kvmi_dom_event *event;
@@ -91,8 +122,7 @@ void dom_free(struct dom *dom)
 	drop_events(dom);
 	free(dom->vcpus);
 	free(dom->planted);
-	pthread_mutex_destroy(&dom->lock);
-	pthread_mutex_destroy(&dom->request);
+	/* the locks are left: in a child nobody may be able to unlock them */
 	free(dom);
 }
 
@@ -117,11 +147,11 @@ void dom_pause_asked(struct dom *dom, unsigned int vcpu, int by)
 {
 	struct vcpu *v;
 
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	v = dom_vcpu(dom, vcpu);
 	if (v && (by > 0 || v->pauses_due))
 		v->pauses_due += by;
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 }
 
 /* ------------------------------------------------------------------------
@@ -217,8 +247,9 @@ static void queue(struct dom *dom, const struct kvmi_vm_event *event)
 		return;
 	older = translate(event);
 	if (!older) {
-		complain(KVMI_LOG_LEVEL_ERROR, "out of memory: an event of vCPU %u is lost, which hangs now",
-			 event->vcpu);
+		dom_complain(dom, KVMI_LOG_LEVEL_ERROR,
+			     "out of memory: an event of vCPU %u is lost, which hangs now",
+			     event->vcpu);
 		return;
 	}
 	*dom->last = older;
@@ -252,10 +283,10 @@ static void begin_passing(struct dom *dom, struct vcpu *v)
 	if (status == KVMI_OK)
 		v->passing++;
 	else
-		complain(KVMI_LOG_LEVEL_WARNING,
-			 "the page at 0x%llx is not restricted any more: KVM cannot emulate an access, nor step over it (%s)",
-			 (unsigned long long)page->gpa,
-			 kvmi_status_name(status));
+		dom_complain(dom, KVMI_LOG_LEVEL_WARNING,
+			     "the page at 0x%llx is not restricted any more: KVM cannot emulate an access, nor step over it (%s)",
+			     (unsigned long long)page->gpa,
+			     kvmi_status_name(status));
 }
 
 /* true: the step is not the tool's */
@@ -270,7 +301,7 @@ static bool end_passing(struct dom *dom, struct vcpu *v, unsigned int vcpu)
 		status = kvmi_vcpu_control_singlestep(dom->vm, vcpu, false,
 						      &err);
 	if (status != KVMI_OK)
-		complain(KVMI_LOG_LEVEL_WARNING, "%s", err.message);
+		dom_complain(dom, KVMI_LOG_LEVEL_WARNING, "%s", err.message);
 
 	return !v->stepping;
 }
@@ -328,10 +359,10 @@ void dom_look(struct dom *dom)
 	int saved = errno;
 	bool leave;
 
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	take_all(dom);
 	leave = dom->unhook && !dom->leaving;
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 	if (leave)
 		dom_leave(dom);
 	errno = saved;
@@ -344,9 +375,9 @@ static enum kvmi_status receive(struct dom *dom, int ms, struct kvmi_error *err)
 
 	status = kvmi_vm_wait_event(dom->vm, ms, &event, err);
 	if (status == KVMI_OK) {
-		pthread_mutex_lock(&dom->lock);
+		dom_lock(dom);
 		take(dom, event);
-		pthread_mutex_unlock(&dom->lock);
+		dom_unlock(dom);
 	}
 
 	return status;
@@ -389,7 +420,7 @@ int kvmi_pop_event(void *context, struct kvmi_dom_event **event)
 	struct dom *dom = context;
 
 	dom_look(dom);
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	*event = dom->first;
 	if (*event) {
 		dom->first = (*event)->next;
@@ -398,7 +429,7 @@ int kvmi_pop_event(void *context, struct kvmi_dom_event **event)
 		dom->queued--;
 		(*event)->next = NULL;
 	}
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 
 	return *event ? 0 : fails(EAGAIN);
 }
@@ -409,9 +440,9 @@ size_t kvmi_get_pending_events(void *context)
 	size_t count;
 
 	dom_look(dom);
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	count = dom->queued;
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 
 	return count;
 }
@@ -420,16 +451,29 @@ size_t kvmi_get_pending_events(void *context)
  * Out
  */
 
+static bool has_ctx_data(const void *data, size_t size)
+{
+	const size_t start = sizeof(struct kvmi_vcpu_hdr) +
+			     sizeof(struct kvmi_event_reply);
+	struct kvmi_event_pf_reply pf;
+
+	if (size < start + sizeof(pf))
+		return false;
+	memcpy(&pf, (const char *)data + start, sizeof(pf));
+
+	return pf.ctx_size;
+}
+
+/* status and err: of what was sent, if anything */
 static int reply(struct dom *dom, unsigned int seq, const void *data,
-		 size_t data_size)
+		 size_t data_size, enum kvmi_status *status,
+		 struct kvmi_error *err)
 {
 	struct {
 		struct kvmi_vcpu_hdr vcpu;
 		struct kvmi_event_reply reply;
 		uint64_t value;
 	} answer = { 0 };
-	enum kvmi_status status;
-	struct kvmi_error err;
 	struct vcpu *v;
 
 	if (!data || data_size < sizeof(answer) - sizeof(answer.value))
@@ -448,33 +492,44 @@ static int reply(struct dom *dom, unsigned int seq, const void *data,
 		return fails(atomic_load(&dom->disconnected) ? ENOTCONN :
 							       ENOENT);
 
+	/* the guest sees what is in its memory */
+	if (v->open.id == KVMI_EV_PF && has_ctx_data(data, data_size) &&
+	    !dom->ctx_data) {
+		dom->ctx_data = true;
+		dom_complain(dom, KVMI_LOG_LEVEL_WARNING,
+			     "KVM takes no data in the answer to a page fault: ctx_size and ctx_data have no effect");
+	}
 	if (v->open.id == KVMI_EV_PF && v->open.pf.not_emulated &&
 	    answer.reply.action == KVMI_EVENT_ACTION_CONTINUE)
 		begin_passing(dom, v);
 
 	if ((v->open.id == KVMI_EV_CR || v->open.id == KVMI_EV_MSR) &&
 	    data_size >= sizeof(answer))
-		status = kvmi_vm_reply_with_value(dom->vm, &v->open,
-						  answer.reply.action,
-						  answer.value, &err);
+		*status = kvmi_vm_reply_with_value(dom->vm, &v->open,
+						   answer.reply.action,
+						   answer.value, err);
 	else
-		status = kvmi_vm_reply(dom->vm, &v->open, answer.reply.action,
-				       &err);
-	if (status == KVMI_OK)
+		*status = kvmi_vm_reply(dom->vm, &v->open, answer.reply.action,
+					err);
+	if (*status == KVMI_OK)
 		v->is_open = false;
 
-	return result(dom, status, &err);
+	return 0;
 }
 
 int kvmi_reply_event(void *context, unsigned int seq, const void *data,
 		     size_t data_size)
 {
+	enum kvmi_status status = KVMI_OK;
 	struct dom *dom = context;
+	struct kvmi_error err;
 	int ret;
 
-	pthread_mutex_lock(&dom->lock);
-	ret = reply(dom, seq, data, data_size);
-	pthread_mutex_unlock(&dom->lock);
+	dom_lock(dom);
+	ret = reply(dom, seq, data, data_size, &status, &err);
+	dom_unlock(dom);
+	if (status != KVMI_OK)
+		ret = result(dom, status, &err);
 	dom_look(dom);
 
 	return ret;
@@ -487,19 +542,22 @@ int kvmi_reply_event(void *context, unsigned int seq, const void *data,
 /* All that can hit a breakpoint are asked to stop */
 static void ask_all(struct dom *dom)
 {
-	uint16_t *vcpus = calloc(dom->vcpu_count + 1, sizeof(*vcpus));
-	enum kvmi_status *status = calloc(dom->vcpu_count + 1, sizeof(*status));
+	enum kvmi_status *status;
 	size_t count = 0, i;
+	uint16_t *vcpus;
 
-	if (vcpus && status) {
-		pthread_mutex_lock(&dom->lock);
-		for (i = 0; i < dom->vcpu_count; i++)
-			if (dom->vcpus[i].breakpoints && !dom->vcpus[i].is_open &&
-			    !dom->vcpus[i].pauses_due) {
-				dom->vcpus[i].pauses_due++;
-				vcpus[count++] = i;
-			}
-		pthread_mutex_unlock(&dom->lock);
+	/* another thread may hear of more of them */
+	dom_lock(dom);
+	vcpus = calloc(dom->vcpu_count + 1, sizeof(*vcpus));
+	status = calloc(dom->vcpu_count + 1, sizeof(*status));
+	for (i = 0; vcpus && status && i < dom->vcpu_count; i++)
+		if (dom->vcpus[i].breakpoints && !dom->vcpus[i].is_open &&
+		    !dom->vcpus[i].pauses_due) {
+			dom->vcpus[i].pauses_due++;
+			vcpus[count++] = i;
+		}
+	dom_unlock(dom);
+	if (count) {
 		kvmi_vm_pause_vcpus(dom->vm, vcpus, count, true, status, NULL);
 		for (i = 0; i < count; i++)
 			if (status[i] != KVMI_OK &&
@@ -520,7 +578,7 @@ static void wait_all(struct dom *dom, bool gone)
 	do {
 		bool waiting = false;
 
-		pthread_mutex_lock(&dom->lock);
+		dom_lock(dom);
 		take_all(dom);
 		for (i = 0; i < dom->vcpu_count; i++) {
 			struct vcpu *v = &dom->vcpus[i];
@@ -534,7 +592,7 @@ static void wait_all(struct dom *dom, bool gone)
 			}
 			waiting |= v->pauses_due && !v->is_open;
 		}
-		pthread_mutex_unlock(&dom->lock);
+		dom_unlock(dom);
 		if (!waiting)
 			return;
 		/* another thread may take in what we wait for */
@@ -543,18 +601,16 @@ static void wait_all(struct dom *dom, bool gone)
 		 now_ms() < end);
 }
 
-static void restore(struct dom *dom)
+static bool restore(struct dom *dom)
 {
 	size_t count = dom->planted_count, writes = 0, i;
 	struct kvmi_memory_op *ops = calloc(count + 1, sizeof(*ops));
 	uint8_t *bytes = malloc(count + 1);
 
 	if (!ops || !bytes) {
-		complain(KVMI_LOG_LEVEL_ERROR, "out of memory: %zu breakpoints are left to KVM",
-			 count);
 		free(ops);
 		free(bytes);
-		return;
+		return false;
 	}
 	for (i = 0; i < count; i++)
 		ops[i] = (struct kvmi_memory_op){
@@ -573,6 +629,8 @@ static void restore(struct dom *dom)
 		dom->planted_count = 0;
 	free(ops);
 	free(bytes);
+
+	return !dom->planted_count;
 }
 
 /* The guest goes on as if nothing had been there */
@@ -583,15 +641,19 @@ static void answer_all(struct dom *dom)
 	for (i = 0; i < dom->vcpu_count; i++) {
 		struct vcpu *v = &dom->vcpus[i];
 		enum kvmi_action action = KVMI_ACTION_CONTINUE;
-		uint8_t byte = INT3;
+		uint8_t byte = 0;
 
 		if (!v->is_open)
 			continue;
-		/* an INT3 that is there still is the guest's own */
+		/*
+		 * An INT3 that is there still is the guest's own.  If that is not
+		 * known: what is there now is run, which is right in any case.
+		 */
 		if (v->open.id == KVMI_EV_BREAKPOINT &&
-		    kvmi_vm_read_physical(dom->vm, v->open.breakpoint.gpa,
-					  &byte, 1, NULL) == KVMI_OK &&
-		    byte != INT3)
+		    (dom->planted_count ||
+		     kvmi_vm_read_physical(dom->vm, v->open.breakpoint.gpa,
+					   &byte, 1, NULL) != KVMI_OK ||
+		     byte != INT3))
 			action = KVMI_ACTION_RETRY;
 		kvmi_vm_reply(dom->vm, &v->open, action, NULL);
 		v->is_open = false;
@@ -600,21 +662,21 @@ static void answer_all(struct dom *dom)
 
 void dom_leave(struct dom *dom)
 {
+	bool clean = true;
+	size_t count;
+
 	pthread_mutex_lock(&dom->request);
 	if (dom->left) {
 		pthread_mutex_unlock(&dom->request);
 		return;
 	}
 	dom->left = true;
+	count = dom->planted_count;
 
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	atomic_store(&dom->leaving, true);
 	drop_events(dom);
-	pthread_mutex_unlock(&dom->lock);
-	complain(KVMI_LOG_LEVEL_WARNING,
-		 "%s: the VM is about to be paused, saved or moved: taking %zu breakpoints out and closing the connection",
-		 kvmi_vm_get_hello(dom->vm)->name, dom->planted_count);
-
+	dom_unlock(dom);
 	/*
 	 * With breakpoints in the guest, a hit may be on its way until all
 	 * vCPUs have answered once more.
@@ -622,16 +684,21 @@ void dom_leave(struct dom *dom)
 	if (dom->planted_count) {
 		ask_all(dom);
 		wait_all(dom, false);
-		restore(dom);
+		clean = restore(dom);
 	}
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	take_all(dom);
 	answer_all(dom);
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 	wait_all(dom, true);
 
 	kvmi_vm_flush(dom->vm, NULL);
 	kvmi_vm_shutdown(dom->vm);
 	atomic_store(&dom->disconnected, true);
 	pthread_mutex_unlock(&dom->request);
+	/* not before: the tool's function may call others */
+	complain(KVMI_LOG_LEVEL_WARNING,
+		 "%s: the VM is about to be paused, saved or moved: %zu breakpoints %s, connection closed",
+		 kvmi_vm_get_hello(dom->vm)->name, count,
+		 clean ? "taken out" : "left to KVM");
 }

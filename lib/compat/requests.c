@@ -136,13 +136,13 @@ int kvmi_control_events(void *context, unsigned short vcpu, int id, bool enable)
 
 	status = kvmi_vcpu_control_events(dom->vm, vcpu, newer, enable, &err);
 	if (status == KVMI_OK) {
-		pthread_mutex_lock(&dom->lock);
+		dom_lock(dom);
 		v = dom_vcpu(dom, vcpu);
 		if (v && newer == KVMI_EV_TRAP)
 			v->traps = enable;
 		else if (v && newer == KVMI_EV_BREAKPOINT)
 			v->breakpoints = enable;
-		pthread_mutex_unlock(&dom->lock);
+		dom_unlock(dom);
 	}
 
 	return done(dom, status, &err);
@@ -162,9 +162,9 @@ int kvmi_control_vm_events(void *context, int id, bool enable)
 		status = kvmi_vm_control_events(dom->vm, KVMI_EV_UNHOOK, true,
 						&err);
 	if (status == KVMI_OK) {
-		pthread_mutex_lock(&dom->lock);
+		dom_lock(dom);
 		dom->wants_unhook = enable;
-		pthread_mutex_unlock(&dom->lock);
+		dom_unlock(dom);
 	}
 
 	return done(dom, status, &err);
@@ -197,7 +197,7 @@ int kvmi_control_singlestep(void *context, unsigned short vcpu, bool enable)
 	struct kvmi_error err;
 	struct vcpu *v;
 
-	pthread_mutex_lock(&dom->lock);
+	dom_lock(dom);
 	v = dom_vcpu(dom, vcpu);
 	/* a step that the library makes is to be finished */
 	if (!v || !v->passing)
@@ -205,7 +205,7 @@ int kvmi_control_singlestep(void *context, unsigned short vcpu, bool enable)
 						      &err);
 	if (v && status == KVMI_OK)
 		v->stepping = enable;
-	pthread_mutex_unlock(&dom->lock);
+	dom_unlock(dom);
 
 	return done(dom, status, &err);
 }
@@ -605,10 +605,10 @@ static bool awaits_pause(struct dom *dom, unsigned int vcpu)
 	bool due, open;
 
 	do {
-		pthread_mutex_lock(&dom->lock);
+		dom_lock(dom);
 		due = vcpu < dom->vcpu_count && dom->vcpus[vcpu].pauses_due;
 		open = vcpu < dom->vcpu_count && dom->vcpus[vcpu].is_open;
-		pthread_mutex_unlock(&dom->lock);
+		dom_unlock(dom);
 		if (open || !due)
 			return open;
 		dom_wait(dom, 10);

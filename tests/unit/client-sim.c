@@ -57,6 +57,16 @@ static void serve_nothing(struct sim *sim)
 	atomic_store(&client->ended, true);
 }
 
+static void serve_hello(struct sim *sim)
+{
+	struct client_sim *client = (struct client_sim *)sim;
+
+	if (sim_handshake(sim))
+		while (sim_receive(sim))
+			;
+	atomic_store(&client->ended, true);
+}
+
 static struct client_sim *start(const char *path, void (*script)(struct sim *))
 {
 	struct client_sim *client = g_new0(struct client_sim, 1);
@@ -77,6 +87,11 @@ struct client_sim *client_sim_new(const char *path)
 struct client_sim *client_sim_new_silent(const char *path)
 {
 	return start(path, serve_nothing);
+}
+
+struct client_sim *client_sim_new_mute(const char *path)
+{
+	return start(path, serve_hello);
 }
 
 void client_sim_free(struct client_sim *client)
@@ -113,6 +128,10 @@ void client_sim_event(struct client_sim *client, unsigned int id)
 		id = KVMI_VCPU_EVENT_PF;
 		pf.gpa = 0x7123;
 		pf.flags = KVMI_PF_NOT_EMULATED;
+	}
+	if (id == CLIENT_SIM_NOWHERE) {
+		id = KVMI_VCPU_EVENT_BREAKPOINT;
+		breakpoint.gpa = UINT64_MAX;
 	}
 	switch (id) {
 #define ONE(number, data) \

@@ -17,8 +17,9 @@ struct client_sim;
 
 /* Connects to a listener, as QEMU does, and serves commands */
 struct client_sim *client_sim_new(const char *path);
-/* The same, but says nothing */
+/* The same, but says nothing; nothing after the handshake */
 struct client_sim *client_sim_new_silent(const char *path);
+struct client_sim *client_sim_new_mute(const char *path);
 /* Waits for the client to close its end */
 void client_sim_free(struct client_sim *sim);
 void client_sim_wait_end(struct client_sim *sim);
@@ -26,6 +27,7 @@ void client_sim_hang_up(struct client_sim *sim);
 
 /* Sends one of vCPU 1's events (by the protocol's number), or UNHOOK */
 #define CLIENT_SIM_NOT_EMULATED 100	/* a PF at 0x7123 */
+#define CLIENT_SIM_NOWHERE 101		/* a BREAKPOINT without its gpa */
 void client_sim_event(struct client_sim *sim, unsigned int id);
 void client_sim_unhook(struct client_sim *sim);
 

@@ -85,7 +85,7 @@ struct tool {
 	int refuse_handshake;
 	int refuse_guest;
 	atomic_uint complaints;
-	char complaint[256];
+	void *busy;		/* a dom that the log function asks something */
 };
 
 static int on_handshake(const struct kvmi_qemu2introspector *question,
@@ -136,6 +136,10 @@ static void on_log(kvmi_log_level level, const char *text, void *context)
 	g_assert_cmpint(level, >=, KVMI_LOG_LEVEL_WARNING);
 	atomic_fetch_add(&tool->complaints, 1);
 	g_test_message("said: %s", text);
+	if (tool->busy) {
+		kvmi_get_pending_events(tool->busy);
+		kvmi_write_physical(tool->busy, 0x1000, "x", 1);
+	}
 }
 
 static struct tool *tool_new(void)
@@ -849,6 +853,90 @@ static void test_unhook_wanted(void)
 	tool_free(tool);
 }
 
+/* Where a breakpoint is can't be told always, for example if it is gone */
+static void test_unhook_nowhere(void)
+{
+	struct tool *tool = tool_new();
+	struct client_sim *sim = client_sim_new(tool->path);
+	void *dom = wait_dom(tool);
+	struct kvmi_dom_event *event;
+
+	client_sim_event(sim, CLIENT_SIM_NOWHERE);
+	event = next(dom, KVMI_EVENT_BREAKPOINT);
+	free(event);
+	client_sim_unhook(sim);
+	fails(kvmi_wait_event(dom, 5000), ENOTCONN);
+	client_sim_wait_end(sim);
+	g_assert_cmpint(client_sim_breakpoint_action(sim), ==,
+			KVMI_EVENT_ACTION_RETRY);
+	kvmi_domain_close(dom, true);
+	kvmi_uninit(tool->ctx);
+	client_sim_free(sim);
+	tool_free(tool);
+}
+
+/* What is said is said when the library can be called again */
+static void test_log(void)
+{
+	struct {
+		struct kvmi_vcpu_hdr vcpu;
+		struct kvmi_event_reply reply;
+		struct kvmi_event_pf_reply pf;
+	} data = { .vcpu.vcpu = 1, .reply.event = KVMI_EVENT_PF,
+		   .pf.ctx_size = 5 };
+	struct tool *tool = tool_new();
+	struct client_sim *sim = client_sim_new(tool->path);
+	void *dom = wait_dom(tool);
+	struct kvmi_dom_event *event;
+	unsigned int i, count;
+
+	tool->busy = dom;
+	client_sim_event(sim, 7);	/* CR takes no RETRY */
+	event = next(dom, KVMI_EVENT_CR);
+	fails(answer(dom, event, KVMI_EVENT_ACTION_RETRY, 5, 24), EINVAL);
+	g_assert_cmpint(atomic_load(&tool->complaints), ==, 1);
+	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 5, 24));
+	free(event);
+
+	/* said once */
+	for (i = 0; i < 2; i++) {
+		client_sim_event(sim, 17);
+		event = next(dom, KVMI_EVENT_PF);
+		ok(kvmi_reply_event(dom, event->seq, &data, sizeof(data)));
+		free(event);
+		g_assert_cmpint(atomic_load(&tool->complaints), ==, 2);
+	}
+
+	client_sim_unhook(sim);
+	fails(kvmi_wait_event(dom, 5000), ENOTCONN);
+	count = atomic_load(&tool->complaints);
+	g_assert_cmpint(count, >, 2);
+	tool->busy = NULL;
+	kvmi_domain_close(dom, true);
+	kvmi_uninit(tool->ctx);
+	client_sim_free(sim);
+	tool_free(tool);
+}
+
+/* A peer that goes no further does not hold up the next for long */
+static void test_mute(void)
+{
+	struct tool *tool = tool_new();
+	struct client_sim *mute = client_sim_new_mute(tool->path), *sim;
+	gint64 start = g_get_monotonic_time();
+	void *dom;
+
+	g_usleep(50000);
+	sim = client_sim_new(tool->path);
+	dom = wait_dom(tool);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 8000000);
+	kvmi_domain_close(dom, true);
+	kvmi_uninit(tool->ctx);
+	client_sim_free(sim);
+	client_sim_free(mute);
+	tool_free(tool);
+}
+
 #endif
 
 /* One thread sleeps in the library, others work; then all are told the end */
@@ -909,6 +997,9 @@ int main(int argc, char **argv)
 	g_test_add_func("/compat/unhook", test_unhook);
 	g_test_add_func("/compat/unhook-in-command", test_unhook_in_command);
 	g_test_add_func("/compat/unhook-wanted", test_unhook_wanted);
+	g_test_add_func("/compat/unhook-nowhere", test_unhook_nowhere);
+	g_test_add_func("/compat/log", test_log);
+	g_test_add_func("/compat/mute", test_mute);
 #endif
 
 	return g_test_run();
