@@ -360,6 +360,8 @@ unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm)
 	vm->ended_calls = 0;
 	vm_unlock(vm);
 
+	if (vm_tell_unhook(vm))
+		count++;
 	while ((call = ended)) {
 		ended = call->next;
 		if (call->result.status == KVMI_OK)
@@ -382,6 +384,8 @@ int kvmi_vm_next_timeout(const struct kvmi_vm *vm)
 		return -1;
 
 	vm_lock(vm);
+	if (vm->unhook_due)
+		first = 0;
 	for (call = vm->first_call; call; call = call->next) {
 		if (call->pending->state == PENDING_DONE ||
 		    vm->state == VM_BROKEN)

@@ -221,15 +221,20 @@ static bool is_ours(const struct kvmi_hooks *h, const struct vcpu *v,
 	       (event->id == KVMI_EV_PF && is_restricted(h, event->pf.gpa));
 }
 
+static void note_unhook(struct kvmi_hooks *h)
+{
+	if (!h->unhook)
+		h->unhook_ms = now_ms();
+	h->unhook = true;
+}
+
 static void take_event(struct kvmi_hooks *h, struct kvmi_vm_event *event)
 {
 	unsigned int vcpu = event->vcpu;
 	struct vcpu *v;
 
 	if (event->id == KVMI_EV_UNHOOK) {
-		if (!h->unhook)
-			h->unhook_ms = now_ms();
-		h->unhook = true;
+		note_unhook(h);
 		kvmi_vm_event_free(event);
 		return;
 	}
@@ -266,6 +271,9 @@ static void take_events(struct kvmi_hooks *h)
 
 	while ((event = kvmi_vm_next_event(h->vm)))
 		take_event(h, event);
+	/* it is not among the events if the tool has a function for it */
+	if (vm_unhook_came(h->vm))
+		note_unhook(h);
 }
 
 /* One event, or until the deadline; false if there was none */
@@ -278,8 +286,12 @@ static bool wait_event(struct kvmi_hooks *h, int64_t deadline)
 
 	if (h->lost || left <= 0)
 		return false;
-	status = kvmi_vm_wait_event(h->vm, left > 60000 ? 60000 : left, &event,
-				    &err);
+	status = vm_wait_event(h->vm, left > 60000 ? 60000 : left, h->unhook,
+			       &event, &err);
+	if (status == KVMI_ERR_NOTHING && !h->unhook && vm_unhook_came(h->vm)) {
+		note_unhook(h);
+		return true;
+	}
 	if (status != KVMI_OK) {
 		is_lost(h, status, &err);
 		return false;

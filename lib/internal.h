@@ -159,6 +159,13 @@ struct kvmi_vm {
 	struct queued_event **last_event;
 	bool unhook_queued;
 
+	/* Of kvmi_vm_on_unhook() */
+	kvmi_unhook unhook;
+	void *unhook_context;
+	bool unhook_came;	/* with such a function or without */
+	bool unhook_due;	/* the function is to be called... */
+	bool unhook_told;	/* ...and has been */
+
 	struct open_event *open;
 	size_t open_count;
 
@@ -239,6 +246,16 @@ enum kvmi_status vm_command(struct kvmi_vm *vm, unsigned int id,
 			    const struct iovec *parts, int part_count,
 			    void *data, size_t capacity, size_t least,
 			    struct kvmi_error *err);
+/*
+ * kvmi_vm_wait_event() that calls nobody.  Ends when UNHOOK has come, too, with
+ * KVMI_ERR_NOTHING, unless the caller knows of it.
+ */
+enum kvmi_status vm_wait_event(struct kvmi_vm *vm, int ms, bool knows_of_unhook,
+			       struct kvmi_vm_event **event,
+			       struct kvmi_error *err);
+bool vm_unhook_came(struct kvmi_vm *vm);
+/* Calls the function of kvmi_vm_on_unhook() if it is due */
+bool vm_tell_unhook(struct kvmi_vm *vm);
 /* The vCPU waits for an answer */
 bool vm_has_open_event(struct kvmi_vm *vm, unsigned int vcpu);
 /* commands.c: kvmi_vm_pause_vcpus(), all of them before the deadline */

@@ -68,7 +68,8 @@ static bool has_output(const struct kvmi_vm *vm)
  */
 static void tell_pollers(struct kvmi_vm *vm, bool wake)
 {
-	bool ready = vm->first_event || vm->ended_calls || vm->earlier_timeout;
+	bool ready = vm->first_event || vm->ended_calls || vm->unhook_due ||
+		     vm->earlier_timeout;
 	bool has_more = has_output(vm);
 	struct epoll_event socket = { .events = has_more ? EPOLLIN | EPOLLOUT :
 							   EPOLLIN };
@@ -407,7 +408,12 @@ static enum kvmi_status take_vm_event(struct kvmi_vm *vm,
 	memcpy(&event, body, sizeof(event));
 
 	/* Nobody waits for an answer: what is not known can be left out */
-	if (event.event != KVMI_VM_EVENT_UNHOOK || vm->unhook_queued)
+	if (event.event != KVMI_VM_EVENT_UNHOOK)
+		return KVMI_OK;
+	vm->unhook_came = true;
+	if (vm->unhook)
+		vm->unhook_due = !vm->unhook_told;
+	if (vm->unhook || vm->unhook_queued)
 		return KVMI_OK;
 
 	entry = calloc(1, sizeof(*entry));
@@ -1282,6 +1288,7 @@ void kvmi_vm_close(struct kvmi_vm *vm)
 		kvmi_vm_flush(vm, NULL);
 
 	/* Whoever is to be told of an answer learns that none will come */
+	vm->unhook_due = false;
 	if (is_ours && vm->first_call) {
 		kvmi_vm_shutdown(vm);
 		kvmi_vm_dispatch(vm);
@@ -1419,24 +1426,26 @@ void kvmi_vm_event_free(struct kvmi_vm_event *event)
 	free(event);
 }
 
-enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
-				    struct kvmi_vm_event **event,
-				    struct kvmi_error *err)
+/* Until there is an event, or *enough */
+static enum kvmi_status wait_event(struct kvmi_vm *vm, int ms,
+				   const bool *enough,
+				   struct kvmi_vm_event **event,
+				   struct kvmi_error *err)
 {
+	int64_t deadline = now_ms() + ms;
 	enum kvmi_status status = KVMI_OK;
-	int64_t deadline;
 
-	if (!vm || !event || ms < 0)
-		return fail(err, KVMI_ERR_ARGUMENT,
-			    "no vm, no event or a negative time");
-
-	deadline = now_ms() + ms;
 	vm_lock(vm);
 	while (!(*event = next_event(vm))) {
-		status = pump(vm, deadline, err);
-		/* events that came before the end are there to be taken */
-		if (status == KVMI_OK || vm->first_event)
-			continue;
+		if (enough && *enough) {
+			status = KVMI_ERR_TIMEOUT;
+		} else {
+			status = pump(vm, deadline, err);
+			/* what came before the end is there to be taken */
+			if (status == KVMI_OK || vm->first_event ||
+			    (enough && *enough))
+				continue;
+		}
 		if (status == KVMI_ERR_TIMEOUT)
 			status = fail(err, KVMI_ERR_NOTHING, "no event");
 		break;
@@ -1444,6 +1453,108 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 	if (*event)
 		status = KVMI_OK;
 	vm_unlock(vm);
+
+	return status;
+}
+
+enum kvmi_status vm_wait_event(struct kvmi_vm *vm, int ms, bool knows_of_unhook,
+			       struct kvmi_vm_event **event,
+			       struct kvmi_error *err)
+{
+	return wait_event(vm, ms, knows_of_unhook ? NULL : &vm->unhook_came,
+			  event, err);
+}
+
+enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
+				    struct kvmi_vm_event **event,
+				    struct kvmi_error *err)
+{
+	enum kvmi_status status = KVMI_ERR_NOTHING;
+
+	if (!vm || !event || ms < 0)
+		return fail(err, KVMI_ERR_ARGUMENT,
+			    "no vm, no event or a negative time");
+
+	*event = NULL;
+	if (!vm_tell_unhook(vm)) {
+		status = wait_event(vm, ms, &vm->unhook_due, event, err);
+		if (*event || !vm_tell_unhook(vm))
+			return status;
+	}
+
+	return fail(err, KVMI_ERR_NOTHING,
+		    "UNHOOK has come, and its function has been called");
+}
+
+bool vm_unhook_came(struct kvmi_vm *vm)
+{
+	bool came;
+
+	vm_lock(vm);
+	came = vm->unhook_came;
+	vm_unlock(vm);
+
+	return came;
+}
+
+bool vm_tell_unhook(struct kvmi_vm *vm)
+{
+	kvmi_unhook function = NULL;
+	void *context = NULL;
+
+	vm_lock(vm);
+	if (vm->unhook_due) {
+		function = vm->unhook;
+		context = vm->unhook_context;
+		vm->unhook_due = false;
+		vm->unhook_told = true;
+	}
+	vm_unlock(vm);
+	if (function)
+		function(vm, context);
+
+	return function;
+}
+
+/* One that came before there was a function for it */
+static bool unqueue_unhook(struct kvmi_vm *vm)
+{
+	struct queued_event **at = &vm->first_event, *entry;
+
+	while ((entry = *at) && entry->event.id != KVMI_EV_UNHOOK)
+		at = &entry->next;
+	if (!entry)
+		return false;
+	*at = entry->next;
+	if (!*at)
+		vm->last_event = at;
+	vm->unhook_queued = false;
+	free(entry);
+
+	return true;
+}
+
+enum kvmi_status kvmi_vm_on_unhook(struct kvmi_vm *vm, kvmi_unhook function,
+				   void *context, struct kvmi_error *err)
+{
+	enum kvmi_status status;
+
+	if (!vm || !function)
+		return fail(err, KVMI_ERR_ARGUMENT, "no vm or no function");
+
+	vm_lock(vm);
+	vm->unhook = function;
+	vm->unhook_context = context;
+	if (unqueue_unhook(vm))
+		vm->unhook_due = !vm->unhook_told;
+	vm_unlock(vm);
+	status = kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, err);
+	if (status != KVMI_OK) {
+		vm_lock(vm);
+		vm->unhook = NULL;
+		vm->unhook_due = false;
+		vm_unlock(vm);
+	}
 
 	return status;
 }

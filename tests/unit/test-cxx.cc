@@ -19,6 +19,7 @@ int main()
 	if (kvmi_vcpu_start_translate(vm, 0, 0, &gpa, &call, &err) == KVMI_OK)
 		kvmi_call_then(call, [](kvmi_vm *, const kvmi_error *,
 					void *) {}, nullptr);
+	kvmi_vm_on_unhook(vm, [](kvmi_vm *, void *) {}, nullptr, &err);
 	kvmi_vm_close(vm);
 
 	return kvmi_vm_wait_event(vm, 0, &event, &err) != KVMI_ERR_ARGUMENT;

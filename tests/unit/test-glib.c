@@ -14,7 +14,7 @@ struct tool {
 	GMainLoop *loop;
 	struct kvmi_vm *vm;
 	struct kvmi_vm_event *held;
-	unsigned int events, ends, timeouts, told;
+	unsigned int events, ends, timeouts, told, unhooks;
 	uint8_t data[16];
 };
 
@@ -61,6 +61,14 @@ static void on_read(struct kvmi_vm *vm, const struct kvmi_error *result,
 	tool->told++;
 }
 
+static void on_unhook(struct kvmi_vm *vm, void *context)
+{
+	struct tool *tool = context;
+
+	g_assert_true(vm == tool->vm);
+	tool->unhooks++;
+}
+
 static gboolean on_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
 		      gpointer context)
 {
@@ -76,6 +84,8 @@ static gboolean on_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
 	g_source_set_callback(source, G_SOURCE_FUNC(on_event), tool, NULL);
 	g_source_attach(source, NULL);
 	g_source_unref(source);
+	g_assert_cmpint(kvmi_vm_on_unhook(vm, on_unhook, tool, NULL), ==,
+			KVMI_OK);
 	/* whose answer is here when the loop is about to sleep */
 	g_assert_cmpint(kvmi_vm_start_read_physical(vm, 0, tool->data, 16, &call,
 						    NULL), ==, KVMI_OK);
@@ -103,6 +113,7 @@ static void serve(struct sim *sim)
 		return;
 	while (sim->replies < 3 && sim_receive(sim))
 		sim_serve_one(sim);
+	sim_unhook(sim);
 }
 
 static void test_loop(void)
@@ -127,6 +138,7 @@ static void test_loop(void)
 	g_main_loop_run(tool.loop);
 	g_assert_cmpint(tool.events, ==, 3);
 	g_assert_cmpint(tool.told, ==, 1);
+	g_assert_cmpint(tool.unhooks, ==, 1);
 	g_assert_cmpint(tool.ends, ==, 1);
 	/* a source that is always ready would have starved this one */
 	g_assert_true(g_source_is_destroyed(source));

@@ -48,7 +48,7 @@ struct world {
 
 	struct kvmi_vm *vm;
 	struct kvmi_hooks *hooks;
-	unsigned int hits, pages, others, refused, retired;
+	unsigned int hits, pages, others, refused, retired, unhooks;
 	enum kvmi_action page_action;
 };
 
@@ -676,6 +676,45 @@ static void test_remove_busy(void)
 	world_free(world);
 }
 
+/* The tool has a function for UNHOOK, too: the hooks learn of it nevertheless */
+static bool unhook_early(struct world *world)
+{
+	if (world->sim.last.id == KVMI_VM_PAUSE_VCPU)
+		sim_unhook(&world->sim);
+
+	return false;
+}
+
+static void on_unhook(struct kvmi_vm *vm, void *context)
+{
+	struct world *world = context;
+
+	g_assert_true(vm == world->vm);
+	world->unhooks++;
+}
+
+static void test_on_unhook(void)
+{
+	struct world *world = world_new();
+	struct kvmi_hooks_result result;
+
+	add(world, 3);
+	ok(kvmi_hooks_attach(world->hooks, world->vm, err));
+	ok(kvmi_vm_on_unhook(world->vm, on_unhook, world, err));
+	world->special = unhook_early;
+	ok(kvmi_hooks_plant(world->hooks, NULL, err));
+	world->special = NULL;
+	g_assert_true(kvmi_hooks_is_leaving(world->hooks));
+	ok(kvmi_hooks_take_out(world->hooks, &result, err));
+	g_assert_true(result.held);
+	g_assert_cmphex(world->sim.memory[CODE_GPA + 3], ==, 0x55);
+	/* not in the midst of this */
+	g_assert_cmpint(world->unhooks, ==, 0);
+	g_assert_cmpint(kvmi_vm_dispatch(world->vm), ==, 1);
+	g_assert_cmpint(world->unhooks, ==, 1);
+	world_free(world);
+}
+
 /* The first page when breakpoints are there already */
 static void test_restrict_later(void)
 {
@@ -731,6 +770,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/hooks/remove/busy", test_remove_busy);
 	g_test_add_func("/hooks/restrict-later", test_restrict_later);
 	g_test_add_func("/hooks/slow", test_slow);
+	g_test_add_func("/hooks/on-unhook", test_on_unhook);
 
 	return g_test_run();
 }

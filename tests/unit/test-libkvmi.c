@@ -1503,6 +1503,125 @@ static void test_pieces(void)
  * Time
  */
 
+/* UNHOOK before each answer to CHECK_EVENT; an event, too, if it is of PF */
+static void script_unhook(struct sim *sim)
+{
+	if (!sim_handshake(sim))
+		return;
+	while (sim_receive(sim)) {
+		if (sim->last.id == KVMI_VM_CHECK_EVENT) {
+			sim_unhook(sim);
+			if (sim->last_body[0] == KVMI_EV_PF)
+				sim_event(sim, 1, KVMI_VCPU_EVENT_PAUSE, NULL,
+					  0);
+		}
+		sim_serve_one(sim);
+	}
+}
+
+static void on_unhook(struct kvmi_vm *vm, void *context)
+{
+	unsigned int *told = context, count;
+
+	/* functions can be called, those that wait as well */
+	ok(kvmi_vm_get_vcpu_count(vm, &count, err));
+	g_assert_cmpint(kvmi_vm_dispatch(vm), ==, 0);
+	(*told)++;
+}
+
+static void test_on_unhook(void)
+{
+	unsigned int told = 0, others = 0, round;
+	struct kvmi_vm_event *event;
+	struct kvmi_error err;
+	struct pollfd fd;
+	struct sim *sim;
+	struct kvmi_vm *vm;
+
+	/* it comes in the midst of something else, or while it is waited for */
+	for (round = 0; round < 2; round++) {
+		told = 0;
+		sim = sim_new();
+		sim->script = script_unhook;
+		vm = connect_vm(sim);
+		g_assert_cmpint(kvmi_vm_on_unhook(vm, NULL, NULL, &err), ==,
+				KVMI_ERR_ARGUMENT);
+		ok(kvmi_vm_on_unhook(vm, on_unhook, &others, err));
+		ok(kvmi_vm_on_unhook(vm, on_unhook, &told, err));
+		if (round) {
+			struct kvmi_call *call;
+
+			ok(kvmi_vm_start_command(vm, KVMI_VM_CHECK_EVENT,
+						 "\1\0\0\0\0\0\0", 8, NULL, 0,
+						 NULL, &call, err));
+			kvmi_call_cancel(call);
+		} else {
+			ok(kvmi_vm_check_event(vm, 1, err));
+		}
+		g_assert_cmpint(told, ==, 0);
+		g_assert_cmpint(kvmi_vm_wait_event(vm, 60000, &event, &err),
+				==, KVMI_ERR_NOTHING);
+		g_assert_null(event);
+		g_assert_cmpint(told, ==, 1);
+		/* once and for all */
+		ok(kvmi_vm_check_event(vm, 1, err));
+		g_assert_cmpint(kvmi_vm_wait_event(vm, 0, &event, &err), ==,
+				KVMI_ERR_NOTHING);
+		g_assert_cmpint(told, ==, 1);
+		g_assert_cmpint(others, ==, 0);
+		done(sim, vm);
+	}
+
+	/* an event that comes along is not lost */
+	told = 0;
+	sim = sim_new();
+	sim->script = script_unhook;
+	vm = connect_vm(sim);
+	ok(kvmi_vm_on_unhook(vm, on_unhook, &told, err));
+	ok(kvmi_vm_check_event(vm, KVMI_EV_PF, err));
+	g_assert_cmpint(kvmi_vm_wait_event(vm, 60000, &event, &err), ==,
+			KVMI_ERR_NOTHING);
+	g_assert_cmpint(told, ==, 1);
+	ok(kvmi_vm_wait_event(vm, 60000, &event, err));
+	g_assert_cmpint(event->id, ==, KVMI_EV_PAUSE);
+	kvmi_vm_event_free(event);
+	done(sim, vm);
+
+	/* who polls is woken up; it has come before there was a function */
+	told = 0;
+	sim = sim_new();
+	sim->script = script_unhook;
+	vm = connect_vm(sim);
+	fd = (struct pollfd){ kvmi_vm_fd(vm), kvmi_vm_poll_events(vm), 0 };
+	ok(kvmi_vm_check_event(vm, KVMI_EV_PF, err));
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, -1);
+	ok(kvmi_vm_on_unhook(vm, on_unhook, &told, err));
+	event = kvmi_vm_next_event(vm);
+	g_assert_cmpint(event->id, ==, KVMI_EV_PAUSE);
+	kvmi_vm_event_free(event);
+	g_assert_null(kvmi_vm_next_event(vm));
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 1);
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, 0);
+	kvmi_vm_process(vm, NULL);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 1);
+	g_assert_cmpint(told, ==, 0);
+	g_assert_cmpint(kvmi_vm_dispatch(vm), ==, 1);
+	g_assert_cmpint(told, ==, 1);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 0);
+	g_assert_cmpint(kvmi_vm_next_timeout(vm), ==, -1);
+	done(sim, vm);
+
+	/* nor is it called at the end */
+	told = 0;
+	sim = sim_new();
+	sim->script = script_unhook;
+	vm = connect_vm(sim);
+	ok(kvmi_vm_on_unhook(vm, on_unhook, &told, err));
+	ok(kvmi_vm_check_event(vm, 1, err));
+	done(sim, vm);
+	g_assert_cmpint(told, ==, 0);
+}
+
 /* A child closes what it has while threads of the parent are busy with it */
 static void test_fork(void)
 {
@@ -2256,6 +2375,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/limit/reply", test_limit_and_reply);
 	g_test_add_func("/lib/timeout/one", test_one_timeout);
 	g_test_add_func("/lib/fork", test_fork);
+	g_test_add_func("/lib/on-unhook", test_on_unhook);
 	g_test_add_func("/lib/deaf", test_deaf);
 	g_test_add_func("/lib/deaf-for-a-while", test_deaf_for_a_while);
 	g_test_add_func("/lib/no-poll-fd", test_no_poll_fd);

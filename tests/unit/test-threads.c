@@ -442,10 +442,31 @@ static void on_ended(struct kvmi_vm *vm, const struct kvmi_error *result,
 	atomic_store(status, result->status + 1000);
 }
 
+static atomic_uint unhooks;
+
+static void on_unhook(struct kvmi_vm *vm, void *context)
+{
+	(void)vm, (void)context;
+	atomic_fetch_add(&unhooks, 1);
+}
+
+/* Twice before the answer to CHECK_EVENT, which another thread waits for */
+static void script_unhook(struct sim *sim)
+{
+	if (!sim_handshake(sim))
+		return;
+	while (sim_receive(sim)) {
+		if (sim->last.id == KVMI_VM_CHECK_EVENT) {
+			sim_unhook(sim);
+			sim_unhook(sim);
+		}
+		sim_serve_one(sim);
+	}
+}
+
 static void test_pollers(void)
 {
 	struct sim *sim = g_new0(struct sim, 1);
-	struct kvmi_vm *vm = connect_vm(sim);
 	int64_t start = g_get_monotonic_time();
 	uint8_t data[64] = { 1 };
 	struct kvmi_call *call;
@@ -453,7 +474,10 @@ static void test_pollers(void)
 	GThread *threads[3];
 	atomic_uint status;
 	unsigned int i, count;
+	struct kvmi_vm *vm;
 
+	sim->script = script_unhook;
+	vm = connect_vm(sim);
 	for (i = 0; i < G_N_ELEMENTS(threads); i++)
 		threads[i] = g_thread_new("poll", poll_and_answer, vm);
 
@@ -478,6 +502,12 @@ static void test_pollers(void)
 			kvmi_call_then(call, on_ended, &status);
 		reaches(&status, 1000 + KVMI_OK);
 	}
+
+	/* and UNHOOK: one of them is told of it */
+	g_assert_cmpint(kvmi_vm_on_unhook(vm, on_unhook, NULL, &err), ==,
+			KVMI_OK);
+	g_assert_cmpint(kvmi_vm_check_event(vm, 1, &err), ==, KVMI_OK);
+	reaches(&unhooks, 1);
 
 	/* and an end that they didn't know of when they went to sleep */
 	sim->silent_id = KVMI_VM_GET_INFO;

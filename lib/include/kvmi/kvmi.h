@@ -8,7 +8,7 @@
  *	listener = kvmi_listener_new_unix("/run/kvmi.sock", 0, &err);
  *	kvmi_listener_wait(listener, -1, &vm, &err);
  *	kvmi_vm_connect(vm, commands, events, &err);
- *	kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &err);
+ *	kvmi_vm_on_unhook(vm, leave, context, &err);
  *	kvmi_vcpu_control_events(vm, KVMI_ALL_VCPUS, KVMI_EV_CR, true, &err);
  *	for (;;) {
  *		struct kvmi_vm_event *ev;
@@ -23,6 +23,8 @@
  * migrated.  Take out of the guest whatever was put into it, answer all open
  * events, then call kvmi_vm_close().  QEMU waits for this, but not for long
  * (5 s unless told otherwise).  The VM connects again when it runs again.
+ * It comes as an event, or calls the function of kvmi_vm_on_unhook(); the hooks
+ * of kvmi/hooks.h see to all of that by themselves.
  *
  * ERRORS.  Functions that can fail return a kvmi_status; KVMI_OK is 0.  The
  * last argument, which may be NULL, gets the same status, the numbers behind
@@ -444,7 +446,7 @@ struct kvmi_vm_event {
  * For event loops: poll kvmi_vm_fd() for kvmi_vm_poll_events() (POLLIN), with
  * the timeout of kvmi_vm_next_timeout() if there are calls, then call
  * kvmi_vm_process(), then kvmi_vm_next_event() until it returns NULL (and
- * kvmi_vm_dispatch(), if there are calls).
+ * kvmi_vm_dispatch(), if there are calls or a function for UNHOOK).
  * The fd is not the socket, but readable (as poll() has it, not "edge triggered")
  * while something has come, can be sent, or was received by another function
  * or thread and has not been taken: several threads can poll the same vm, and
@@ -472,11 +474,27 @@ struct kvmi_vm_event *kvmi_vm_next_event(struct kvmi_vm *vm);
 
 /*
  * All in one: waits at most ms (0: not at all) for an event.
- * KVMI_ERR_NOTHING: none came.
+ * KVMI_ERR_NOTHING: none came, or the function of kvmi_vm_on_unhook() has been
+ * called.
  */
 enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 				    struct kvmi_vm_event **event,
 				    struct kvmi_error *err);
+
+/* May call any function but kvmi_vm_close(); kvmi_vm_shutdown(), for example */
+typedef void (*kvmi_unhook)(struct kvmi_vm *vm, void *context);
+
+/*
+ * The VM is about to be left: enables KVMI_EV_UNHOOK, and has function() called
+ * once when it comes, in place of an event.  It is called by kvmi_vm_dispatch()
+ * or kvmi_vm_wait_event(), in the thread that calls them, whichever thread has
+ * received it: that one is woken up; if there are several, the first of them
+ * calls it.  A later kvmi_vm_on_unhook() replaces the function.  It is not
+ * called by kvmi_vm_close(), nor in another function that waits, the
+ * kvmi_hooks_*() included.
+ */
+enum kvmi_status kvmi_vm_on_unhook(struct kvmi_vm *vm, kvmi_unhook function,
+				   void *context, struct kvmi_error *err);
 
 /* Does not answer it */
 void kvmi_vm_event_free(struct kvmi_vm_event *event);
@@ -897,8 +915,9 @@ typedef void (*kvmi_done)(struct kvmi_vm *vm, const struct kvmi_error *result,
 void kvmi_call_then(struct kvmi_call *call, kvmi_done done, void *context);
 
 /*
- * Calls the functions of all calls that have come to an end, in the caller's
- * thread; neither receives nor waits, so kvmi_vm_process() comes before it.
+ * Calls the functions of all calls that have come to an end, and that of
+ * kvmi_vm_on_unhook(), in the caller's thread; neither receives nor waits, so
+ * kvmi_vm_process() comes before it.
  * Returns how many it has called.
  */
 unsigned int kvmi_vm_dispatch(struct kvmi_vm *vm);
