@@ -12,7 +12,9 @@
  *    is single-stepped, if KVM can do that.
  */
 
+#include <errno.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +40,8 @@
 #define CHUNK 256
 /* Breakpoints that are planted while the guest stands still */
 #define SLICE 1024
+/* How often to look for vCPUs that have started */
+#define LOOK_MS 1000
 
 struct kvmi_hook {
 	void *cookie;
@@ -1852,4 +1856,71 @@ size_t kvmi_hooks_detach(struct kvmi_hooks *h)
 	h->vm = NULL;
 
 	return left;
+}
+
+/* Until it is to be left, or stop_fd is readable */
+static enum kvmi_status run(struct kvmi_hooks *h, int stop_fd,
+			    struct kvmi_error *err)
+{
+	struct pollfd fds[] = {
+		{ kvmi_vm_fd(h->vm), kvmi_vm_poll_events(h->vm), 0 },
+		{ stop_fd, POLLIN, 0 },
+	};
+	int64_t look = now_ms() + LOOK_MS;
+	enum kvmi_status status;
+	struct kvmi_error local;
+	bool more = true;
+
+	while (!is_leaving(h)) {
+		int timeout = kvmi_vm_next_timeout(h->vm);
+		int64_t left = look - now_ms();
+
+		if (left <= 0) {
+			status = kvmi_hooks_look_for_vcpus(h, &local);
+			if (status != KVMI_OK && !h->lost)
+				problem(h, "%s", local.message);
+			left = LOOK_MS;
+			look = now_ms() + left;
+		}
+		if (timeout < 0 || timeout > left)
+			timeout = left;
+		if (poll(fds, 2, more ? 0 : timeout) < 0 && errno != EINTR)
+			return fail_errno(err, errno, "poll");
+		if (fds[1].revents)
+			break;
+		status = kvmi_vm_process(h->vm, &local);
+		more = kvmi_hooks_dispatch(h);
+		/* what came before the end has been taken */
+		if (status != KVMI_OK && status != KVMI_ERR_NOTHING)
+			is_lost(h, status, &local);
+		kvmi_vm_dispatch(h->vm);
+	}
+	if (h->lost && err)
+		*err = h->error;
+
+	return h->lost ? h->error.status : KVMI_OK;
+}
+
+enum kvmi_status kvmi_hooks_run(struct kvmi_hooks *h, struct kvmi_vm *vm,
+				int stop_fd, struct kvmi_error *err)
+{
+	enum kvmi_status status, out;
+	struct kvmi_error local;
+
+	status = kvmi_hooks_attach(h, vm, err);
+	if (status == KVMI_ERR_ARGUMENT || !h->vm)
+		return status;
+	if (status == KVMI_OK)
+		status = kvmi_hooks_plant(h, NULL, err);
+	if (status == KVMI_OK)
+		status = run(h, stop_fd, err);
+	out = kvmi_hooks_take_out(h, NULL, &local);
+	kvmi_hooks_detach(h);
+	if (status == KVMI_OK && out != KVMI_OK) {
+		status = out;
+		if (err)
+			*err = local;
+	}
+
+	return status;
 }

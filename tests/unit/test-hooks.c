@@ -7,6 +7,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <glib.h>
 
@@ -49,6 +51,7 @@ struct world {
 	struct kvmi_vm *vm;
 	struct kvmi_hooks *hooks;
 	unsigned int hits, pages, others, refused, retired, unhooks;
+	unsigned int looks;
 	enum kvmi_action page_action;
 };
 
@@ -715,6 +718,63 @@ static void test_on_unhook(void)
 	world_free(world);
 }
 
+/* A hit when vCPUs are looked for the second time, and UNHOOK after it */
+static bool live(struct world *world)
+{
+	struct sim *sim = &world->sim;
+
+	if (sim->last.id == KVMI_VM_GET_INFO && ++world->looks == 2)
+		send_breakpoint(sim, 3);
+	if (is_reply(world, KVMI_VCPU_EVENT_BREAKPOINT, KVMI_ACTION_RETRY))
+		sim_unhook(sim);
+
+	return false;
+}
+
+/* It ends when vCPUs are looked for */
+static bool die(struct world *world)
+{
+	if (world->sim.last.id == KVMI_VM_GET_INFO && ++world->looks == 2)
+		shutdown(world->sim.fd, SHUT_RDWR);
+
+	return false;
+}
+
+static void test_run(void)
+{
+	struct world *world = world_new();
+	uint8_t *memory = world->sim.memory + CODE_GPA;
+	struct kvmi_error err;
+	int fds[2];
+
+	g_assert_cmpint(pipe(fds), ==, 0);
+	add(world, 3);
+	world->special = live;
+	ok(kvmi_hooks_run(world->hooks, world->vm, fds[0], err));
+	g_assert_cmpint(world->hits, ==, 1);
+	g_assert_true(kvmi_hooks_is_asked_to_leave(world->hooks));
+	g_assert_cmphex(memory[3], ==, 0x55);
+	disconnect(world);
+
+	world->looks = 0;
+	world->special = die;
+	connect_world(world);
+	g_assert_cmpint(kvmi_hooks_run(world->hooks, world->vm, fds[0], &err),
+			==, KVMI_ERR_CLOSED);
+	g_assert_true(kvmi_hooks_is_lost(world->hooks, &err));
+	disconnect(world);
+
+	world->special = NULL;
+	connect_world(world);
+	g_assert_cmpint(write(fds[1], "x", 1), ==, 1);
+	ok(kvmi_hooks_run(world->hooks, world->vm, fds[0], err));
+	g_assert_false(kvmi_hooks_is_asked_to_leave(world->hooks));
+	g_assert_cmphex(memory[3], ==, 0x55);
+	close(fds[0]);
+	close(fds[1]);
+	world_free(world);
+}
+
 /* The first page when breakpoints are there already */
 static void test_restrict_later(void)
 {
@@ -771,6 +831,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/hooks/restrict-later", test_restrict_later);
 	g_test_add_func("/hooks/slow", test_slow);
 	g_test_add_func("/hooks/on-unhook", test_on_unhook);
+	g_test_add_func("/hooks/run", test_run);
 
 	return g_test_run();
 }

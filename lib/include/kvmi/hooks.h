@@ -6,6 +6,11 @@
  *	kvmi_hooks_add(hooks, gva, gpa, cookie, &hook, &err);
  *	...
  *	for each connection, after kvmi_vm_connect():
+ *		kvmi_hooks_run(hooks, vm, stop_fd, &err);
+ *		kvmi_vm_close(vm);
+ *
+ * or, in an event loop of your own:
+ *
  *		kvmi_hooks_attach(hooks, vm, &err);
  *		kvmi_hooks_plant(hooks, &result, &err);
  *		while (!kvmi_hooks_is_leaving(hooks)) {
@@ -205,6 +210,15 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *hooks,
  * after the next kvmi_hooks_attach(), they are taken for ours.
  */
 size_t kvmi_hooks_detach(struct kvmi_hooks *hooks);
+
+/*
+ * All of these in one: attaches, plants, handles what comes, and takes all out
+ * and detaches when UNHOOK comes, when stop_fd (-1: none) can be read from, or
+ * on failure.  Looks for new vCPUs each second, and calls kvmi_vm_dispatch().
+ * KVMI_OK: UNHOOK has come (see kvmi_hooks_is_asked_to_leave()), or stop_fd.
+ */
+enum kvmi_status kvmi_hooks_run(struct kvmi_hooks *hooks, struct kvmi_vm *vm,
+				int stop_fd, struct kvmi_error *err);
 
 #ifdef __cplusplus
 }
