@@ -43,7 +43,7 @@ static enum kvmi_status start(struct kvmi_vm *vm, unsigned int id,
 	enum kvmi_status status;
 
 	if (!call)
-		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		return no_memory(err);
 	*call = *template;
 	call->vm = vm;
 	call->id = id;

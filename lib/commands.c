@@ -145,12 +145,13 @@ enum kvmi_status kvmi_vm_connect(struct kvmi_vm *vm, uint64_t commands,
 		return status;
 	/* The version was 1 in all revisions; only newer ones tell the size */
 	if (version.version < KVMI_VERSION || !version.max_msg_size)
-		return vm_break(vm, err,
-				"KVM speaks an older introspection protocol (version %u, no message size)",
-				version.version);
+		return vm_refuse(vm, KVMI_ERR_VERSION, err,
+				 "KVM speaks an older introspection protocol (version %u, no message size): load this project's kvm modules; 'kvmi doctor' says how",
+				 version.version);
 	if (version.max_msg_size < KVMI_MAX_MSG_SIZE)
-		return vm_break(vm, err, "KVM takes messages of %u bytes only",
-				version.max_msg_size);
+		return vm_refuse(vm, KVMI_ERR_VERSION, err,
+				 "KVM takes messages of %u bytes only, not %d: load this project's kvm modules; 'kvmi doctor' says how",
+				 version.max_msg_size, (int)KVMI_MAX_MSG_SIZE);
 	pthread_mutex_lock(&vm->lock);
 	vm->version = (struct kvmi_vm_version){
 		.version = version.version,
@@ -966,7 +967,7 @@ enum kvmi_status kvmi_vcpu_get_registers(struct kvmi_vm *vm, unsigned int vcpu,
 	size = sizeof(*reply) + count * sizeof(struct kvm_msr_entry);
 	reply = malloc(size);
 	if (!reply)
-		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		return no_memory(err);
 
 	status = vm_command(vm, KVMI_VCPU_GET_REGISTERS, parts, 3, reply, size,
 			    size, err);

@@ -1303,7 +1303,7 @@ struct kvmi_hooks *kvmi_hooks_new(const struct kvmi_hooks_callbacks *callbacks,
 		h->decoder = insn_decoder_new();
 	if (!h || !h->decoder) {
 		free(h);
-		fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		no_memory(err);
 		return NULL;
 	}
 	if (callbacks)
@@ -1350,13 +1350,13 @@ enum kvmi_status kvmi_hooks_add(struct kvmi_hooks *h, uint64_t gva,
 						  capacity * sizeof(*list));
 
 		if (!list)
-			return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+			return no_memory(err);
 		h->list = list;
 		h->list_capacity = capacity;
 	}
 	new = calloc(1, sizeof(*new));
 	if (!new)
-		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		return no_memory(err);
 	new->gva = gva;
 	new->gpa = gpa;
 	new->cookie = cookie;
@@ -1492,7 +1492,7 @@ enum kvmi_status kvmi_hooks_restrict(struct kvmi_hooks *h, uint64_t gpa,
 	} else if (access != KVMI_PAGE_RWX) {
 		pages = realloc(h->pages, (i + 1) * sizeof(*pages));
 		if (!pages)
-			return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+			return no_memory(err);
 		h->pages = pages;
 		h->pages[h->page_count++] = page;
 	}
@@ -1549,14 +1549,14 @@ enum kvmi_status kvmi_hooks_look_for_vcpus(struct kvmi_hooks *h,
 	if (!h || !h->vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "not attached");
 	status = kvmi_vm_get_vcpu_count(h->vm, &count, &local);
-	if (status == KVMI_OK && !more_vcpus(h, count))
-		status = fail(&local, KVMI_ERR_LIMIT, "out of memory");
 	if (status != KVMI_OK) {
 		is_lost(h, status, &local);
 		if (err)
 			*err = local;
 		return status;
 	}
+	if (!more_vcpus(h, count))
+		return no_memory(err);
 	if (h->page_count)
 		h->pf_wanted = true;
 	for (i = 0; i < count && !is_leaving(h); i++) {
@@ -1602,13 +1602,12 @@ enum kvmi_status kvmi_hooks_attach(struct kvmi_hooks *h, struct kvmi_vm *vm,
 		kvmi_vm_check_event(vm, KVMI_EV_SINGLESTEP, NULL) == KVMI_OK;
 
 	status = kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &local);
-	if (status == KVMI_OK && (h->list_count || h->page_count))
-		status = kvmi_hooks_look_for_vcpus(h, &local);
-	if (status != KVMI_OK) {
+	if (status != KVMI_OK)
 		is_lost(h, status, &local);
-		if (err)
-			*err = local;
-	}
+	else if (h->list_count || h->page_count)
+		status = kvmi_hooks_look_for_vcpus(h, &local);
+	if (status != KVMI_OK && err)
+		*err = local;
 
 	return status;
 }
@@ -1683,7 +1682,7 @@ enum kvmi_status kvmi_hooks_plant(struct kvmi_hooks *h,
 		return fail(err, KVMI_ERR_ARGUMENT, "not attached");
 	list = calloc(h->list_count + 1, sizeof(*list));
 	if (!list)
-		return fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		return no_memory(err);
 	for (i = 0; i < h->list_count; i++)
 		if (!h->list[i]->planted && !h->list[i]->retired &&
 		    !h->list[i]->going)

@@ -190,6 +190,7 @@ enum kvmi_status fail(struct kvmi_error *err, enum kvmi_status status,
 enum kvmi_status fail_errno(struct kvmi_error *err, int number,
 			    const char *format, ...)
 	__attribute__((format(printf, 3, 4)));
+enum kvmi_status no_memory(struct kvmi_error *err);
 enum kvmi_status fail_kvm(struct kvmi_error *err, unsigned int command,
 			  int kvm_error);
 enum kvmi_status status_of_kvm(int kvm_error);
@@ -263,6 +264,10 @@ enum kvmi_status vm_pause_vcpus(struct kvmi_vm *vm, const uint16_t *vcpus,
 				size_t count, bool wait, int64_t deadline,
 				enum kvmi_status *status,
 				struct kvmi_error *err);
+/* Ends the connection for a reason that is no mistake of the peer's */
+enum kvmi_status vm_refuse(struct kvmi_vm *vm, enum kvmi_status status,
+			   struct kvmi_error *err, const char *format, ...)
+	__attribute__((format(printf, 4, 5)));
 /* Ends the connection because of what the peer sent */
 enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 			  const char *format, ...)

@@ -79,6 +79,7 @@ const char *kvmi_status_name(enum kvmi_status status)
 	case KVMI_ERR_UNMAPPED: return "unmapped";
 	case KVMI_ERR_ANSWERED: return "answered";
 	case KVMI_ERR_AUTH: return "auth";
+	case KVMI_ERR_VERSION: return "version";
 	case KVMI_ERR_NOT_ALLOWED: return "not-allowed";
 	case KVMI_ERR_NOT_FOUND: return "not-found";
 	case KVMI_ERR_NOT_STARTED: return "not-started";
@@ -139,6 +140,15 @@ enum kvmi_status fail_errno(struct kvmi_error *err, int number,
 		snprintf(err->message + length, sizeof(err->message) - length,
 			 ": %s", text);
 	}
+
+	return KVMI_ERR_SYSTEM;
+}
+
+enum kvmi_status no_memory(struct kvmi_error *err)
+{
+	fail(err, KVMI_ERR_SYSTEM, "out of memory");
+	if (err)
+		err->sys_errno = ENOMEM;
 
 	return KVMI_ERR_SYSTEM;
 }

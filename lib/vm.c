@@ -157,6 +157,26 @@ enum kvmi_status vm_break(struct kvmi_vm *vm, struct kvmi_error *err,
 	return status;
 }
 
+enum kvmi_status vm_refuse(struct kvmi_vm *vm, enum kvmi_status status,
+			   struct kvmi_error *err, const char *format, ...)
+{
+	char text[sizeof(vm->broken.message)];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	vm_lock(vm);
+	if (vm->state != VM_BROKEN) {
+		fail(&vm->broken, status, "%s", text);
+		disconnect(vm);
+	}
+	status = copy_broken(vm, err);
+	vm_unlock(vm);
+
+	return status;
+}
+
 static enum kvmi_status broken_by_system(struct kvmi_vm *vm,
 					 struct kvmi_error *err, int number,
 					 const char *what)
@@ -173,6 +193,9 @@ static enum kvmi_status closed_by_peer(struct kvmi_vm *vm,
 	if (vm->state == VM_HELLO)
 		fail(&vm->broken, KVMI_ERR_CLOSED,
 		     "the other side closed the connection before the handshake");
+	else if (vm->state == VM_GREETED)
+		fail(&vm->broken, KVMI_ERR_CLOSED,
+		     "QEMU closed the connection before its handshake was answered (the tool was too slow, or the VM is going)");
 	else if (!vm->version.version)
 		fail(&vm->broken, KVMI_ERR_CLOSED,
 		     "QEMU closed the connection after the handshake: wrong key, or KVM could not be hooked (QEMU's own messages say which)");
@@ -890,6 +913,16 @@ enum kvmi_status kvmi_vm_set_secret(struct kvmi_vm *vm, const void *secret,
 	return KVMI_OK;
 }
 
+static bool asks_for_proof(const struct kvmi_vm *vm)
+{
+	uint32_t size, auth;
+
+	memcpy(&size, vm->hello_bytes, sizeof(size));
+	memcpy(&auth, vm->hello_bytes + sizeof(struct wire_hello), sizeof(auth));
+
+	return size >= HELLO_HMAC_SIZE && auth == AUTH_HMAC;
+}
+
 /* Our answer with auth=hmac, and what QEMU's has to be */
 static enum kvmi_status prove(struct kvmi_vm *vm, struct kvmi_error *err)
 {
@@ -902,11 +935,8 @@ static enum kvmi_status prove(struct kvmi_vm *vm, struct kvmi_error *err)
 		{ &answer, offsetof(struct wire_hmac_answer, proof) },
 	};
 	enum kvmi_status status;
-	uint32_t size, auth;
 
-	memcpy(&size, vm->hello_bytes, sizeof(size));
-	memcpy(&auth, vm->hello_bytes + sizeof(struct wire_hello), sizeof(auth));
-	if (size < HELLO_HMAC_SIZE || auth != AUTH_HMAC) {
+	if (!asks_for_proof(vm)) {
 		fail(&vm->broken, KVMI_ERR_AUTH,
 		     "the other side does not prove who it is: QEMU's kvmi object needs auth=hmac");
 		disconnect(vm);
@@ -940,6 +970,12 @@ enum kvmi_status vm_answer_hello(struct kvmi_vm *vm, struct kvmi_error *err)
 	vm_lock(vm);
 	if (vm->state == VM_GREETED && vm->mutual) {
 		status = prove(vm, err);
+	} else if (vm->state == VM_GREETED && asks_for_proof(vm)) {
+		/* it would hang up without a word */
+		fail(&vm->broken, KVMI_ERR_AUTH,
+		     "QEMU asks for auth=hmac: kvmi_vm_set_secret() or kvmi_listener_set_secret(), or --mutual with --key-file");
+		disconnect(vm);
+		status = copy_broken(vm, err);
 	} else if (vm->state == VM_GREETED) {
 		memcpy(answer.cookie_hash, vm->cookie_hash, SHA1_SIZE);
 		status = append(vm, &answer, sizeof(answer), err);

@@ -62,7 +62,7 @@ struct kvmi_walker *kvmi_walker_new(struct kvmi_vm *vm, size_t cache_pages,
 		walker->cache = calloc(cache_pages, sizeof(*walker->cache));
 	if (!walker || (cache_pages && !walker->cache)) {
 		free(walker);
-		fail(err, KVMI_ERR_SYSTEM, "out of memory");
+		no_memory(err);
 		return NULL;
 	}
 	walker->vm = vm;

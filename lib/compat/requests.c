@@ -530,6 +530,7 @@ static enum kvmi_status write_memory(struct dom *dom, uint64_t gpa,
 		if (!old || !make_room(dom, int3s)) {
 			free(old);
 			memset(err, 0, sizeof(*err));
+			err->sys_errno = ENOMEM;
 			strcpy(err->message, "out of memory");
 			return KVMI_ERR_SYSTEM;
 		}

@@ -294,7 +294,8 @@ static void play(void)
 	while ((status = kvmi_vm_process(vm, &err)) == KVMI_OK ||
 	       status == KVMI_ERR_NOTHING)
 		events_of(vm);
-	check(status == KVMI_ERR_CLOSED || status == KVMI_ERR_PROTOCOL);
+	check(status == KVMI_ERR_CLOSED || status == KVMI_ERR_PROTOCOL ||
+	      status == KVMI_ERR_VERSION || status == KVMI_ERR_AUTH);
 	protocol += status == KVMI_ERR_PROTOCOL;
 	events_of(vm);
 	last = kvmi_vm_check_event(vm, 1, &err);

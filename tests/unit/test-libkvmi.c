@@ -123,6 +123,7 @@ static void test_names(void)
 	g_assert_null(kvmi_command_name(35));
 	g_assert_null(kvmi_command_name(UINT32_MAX));
 	g_assert_cmpstr(kvmi_event_name(KVMI_EV_BREAKPOINT), ==, "breakpoint");
+	g_assert_cmpstr(kvmi_status_name(KVMI_ERR_VERSION), ==, "version");
 	g_assert_null(kvmi_event_name(2));
 	g_assert_cmpstr(kvmi_status_name((enum kvmi_status)12345), ==, "?");
 }
@@ -286,9 +287,8 @@ static void test_handshake_mutual(void)
 			g_assert_false(sim->good_proof);
 		}
 		if (i == 7) {
-			/* it waits for more than the cookie */
-			kvmi_vm_shutdown(vm);
-			g_assert_cmpint(status, !=, KVMI_OK);
+			g_assert_cmpint(status, ==, KVMI_ERR_AUTH);
+			g_assert_nonnull(strstr(err.message, "set_secret"));
 		}
 		done(sim, vm);
 	}
@@ -409,6 +409,32 @@ static void test_handshake_refused(void)
 	done(sim, vm);
 }
 
+/* QEMU goes when it has said hello: the key has nothing to do with it */
+static void script_hello(struct sim *sim)
+{
+	uint8_t bytes[104] = { 104 };
+
+	sim_send(sim, bytes, sizeof(bytes));
+}
+
+static void test_handshake_gone(void)
+{
+	struct sim *sim = sim_new();
+	struct kvmi_error err;
+	struct kvmi_vm *vm;
+	enum kvmi_status status;
+
+	sim_start(sim, script_hello);
+	vm = open_vm(sim);
+	ok(kvmi_vm_wait_hello(vm, err));
+	do {
+		status = kvmi_vm_process(vm, &err);
+	} while (status == KVMI_OK || status == KVMI_ERR_NOTHING);
+	g_assert_cmpint(status, ==, KVMI_ERR_CLOSED);
+	g_assert_null(strstr(err.message, "key"));
+	done(sim, vm);
+}
+
 static void test_old_protocol(void)
 {
 	struct sim *sim = sim_new();
@@ -418,8 +444,10 @@ static void test_old_protocol(void)
 	sim->max_message = UINT32_MAX;	/* 0, as v7 has padding there */
 	sim_start(sim, NULL);
 	vm = open_vm(sim);
-	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, &err), ==, KVMI_ERR_PROTOCOL);
+	g_assert_cmpint(kvmi_vm_connect(vm, 0, 0, &err), ==, KVMI_ERR_VERSION);
 	g_assert_nonnull(strstr(err.message, "older"));
+	g_assert_nonnull(strstr(err.message, "kvmi doctor"));
+	fails(kvmi_vm_check_event(vm, 1, err), KVMI_ERR_VERSION);
 	done(sim, vm);
 }
 
@@ -2353,6 +2381,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/lib/handshake/cut", test_handshake_cut);
 	g_test_add_func("/lib/handshake/talkative", test_handshake_talkative);
 	g_test_add_func("/lib/handshake/refused", test_handshake_refused);
+	g_test_add_func("/lib/handshake/gone", test_handshake_gone);
 	g_test_add_func("/lib/handshake/old-protocol", test_old_protocol);
 	g_test_add_func("/lib/handshake/allowed", test_allowed);
 	g_test_add_func("/lib/commands", test_commands);

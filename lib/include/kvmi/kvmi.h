@@ -91,8 +91,11 @@ enum kvmi_status {
 	KVMI_ERR_UNMAPPED = 8,	/* no such virtual address in the guest */
 	KVMI_ERR_ANSWERED = 9,	/* this event has been answered already */
 	KVMI_ERR_AUTH = 10,	/* the other side does not know the secret, or
-				   has not been asked to; the connection has
-				   been shut down */
+				   has not been asked to, or asks for what we
+				   don't have; the connection has been shut
+				   down */
+	KVMI_ERR_VERSION = 11,	/* KVM speaks another version of the protocol;
+				   the connection has been shut down */
 
 	/* Said by KVM: see kvm_error */
 	KVMI_ERR_NOT_ALLOWED = 32,	/* QEMU does not allow it */
@@ -280,7 +283,8 @@ enum kvmi_status kvmi_vm_set_key_hash(struct kvmi_vm *vm,
  * Before kvmi_vm_connect(): both sides have to prove that they know the secret,
  * which is not sent (auth=hmac of QEMU's kvmi object, whose key= it is).
  * kvmi_vm_connect() then fails with KVMI_ERR_AUTH if the other side does not ask
- * for it or cannot.  size: 1...KVMI_SECRET_MAX bytes.
+ * for it or cannot, as it does if QEMU asks for it and there is no secret.
+ * size: 1...KVMI_SECRET_MAX bytes.
  */
 #define KVMI_SECRET_MAX 1024
 
