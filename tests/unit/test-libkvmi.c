@@ -1669,7 +1669,9 @@ static void test_fork(void)
 	if (!child) {
 		alarm(5);
 		kvmi_vm_close(vm);
-		_exit(0);
+		/* what the parent has is no leak */
+		execlp("true", "true", NULL);
+		_exit(1);
 	}
 	vm->output_end = 0;
 	pthread_mutex_unlock(&vm->lock);

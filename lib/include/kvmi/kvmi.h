@@ -830,7 +830,8 @@ enum kvmi_status kvmi_vcpu_write_virtual(struct kvmi_vm *vm, unsigned int vcpu,
  * kvmi_vm_start_*() and kvmi_vcpu_start_*() send a command, without waiting,
  * and hand out a call: what will become of it.  Many can be on their way (512,
  * together with other commands; then KVMI_ERR_LIMIT), and those of different
- * vCPUs are answered in any order.  Each call is ended once, by any thread, by
+ * vCPUs are answered in any order.  KVM itself keeps 128 for each vCPU: more
+ * than that for one that has no time for them end with KVMI_ERR_BUSY.  Each call is ended once, by any thread, by
  * one of
  *   kvmi_call_wait()	waits for the answer
  *   kvmi_call_then()	has a function called when it is there
