@@ -23,7 +23,6 @@ int ps_main(int argc, char **argv);
 int modules_main(int argc, char **argv);
 int doctor_main(int argc, char **argv);
 int dump_main(int argc, char **argv);
-int events_main(int argc, char **argv);
 int stat_main(int argc, char **argv);
 int trace_main(int argc, char **argv);
 int protect_main(int argc, char **argv);

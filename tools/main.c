@@ -23,8 +23,8 @@ static const char help[] =
 "Either side may be started first.\n"
 "\n"
 "Commands that stay, with any number of VMs:\n"
-"  watch    count and print calls of functions of running guest kernels\n"
-"  events   print writes of control registers and MSRs, accesses to pages...\n"
+"  watch    print calls of functions of running guest kernels, system calls, writes\n"
+"           of control registers and MSRs, accesses to pages...\n"
 "  stat     print rates of events, and how long commands take\n"
 "  protect  tell who writes to the code of running guest kernels\n"
 "\n"
@@ -144,7 +144,6 @@ int main(int argc, char **argv)
 		int (*run)(int argc, char **argv);
 	} commands[] = {
 		{ "watch", watch_main },
-		{ "events", events_main },
 		{ "stat", stat_main },
 		{ "info", info_main },
 		{ "read", read_main },

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kvmi.h"
 #include "output.h"
 #include "watch.h"
 
@@ -32,6 +33,8 @@ struct session {
 	struct kvmi_hooks *hooks;	/* the record's */
 
 	bool planted;
+	bool *vcpu_done;	/* has its events enabled */
+	unsigned int vcpu_count;
 	int64_t unhook_ts;	/* 0: not asked to leave */
 	bool lost;		/* the connection is gone */
 	struct kvmi_error error;	/* why */
@@ -40,9 +43,26 @@ struct session {
 	int64_t summary_ts;
 };
 
-static int64_t now_ms(void)
+static bool wants_breakpoints(const struct watch *watch)
 {
-	return now_us() / 1000;
+	return watch->spec_count || watch->spread;
+}
+
+/* Breakpoints or pages */
+static bool wants_hooks(const struct watch *watch)
+{
+	return wants_breakpoints(watch) || watch->events.access_count;
+}
+
+static bool wants_kernel(const struct watch *watch)
+{
+	return wants_breakpoints(watch) || events_need_kernel(&watch->events) ||
+	       (watch->map && events_ids(&watch->events));
+}
+
+static bool wants_anything(const struct watch *watch)
+{
+	return wants_breakpoints(watch) || events_ids(&watch->events);
 }
 
 /* ------------------------------------------------------------------------
@@ -251,6 +271,18 @@ static void show_summary(struct session *s, bool last)
 			    kvmi_hooks_foreign(s->hooks));
 		json_open(&line, "breakpoints", '[');
 	}
+	/* in words, the kinds of events come first */
+	for (i = 0; i < EVENT_IDS; i++) {
+		struct seen *seen = &record->events[i];
+
+		if (seen->count == seen->reported)
+			continue;
+		total += seen->count - seen->reported;
+		length += snprintf(text + length, sizeof(text) - length,
+				   "%s%s +%" PRIu64 " = %" PRIu64,
+				   length ? ", " : "", kvmi_event_name(i),
+				   seen->count - seen->reported, seen->count);
+	}
 	for (i = 0; i < record->breakpoint_count; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];
 		uint64_t new = bp->hits - bp->reported;
@@ -280,11 +312,28 @@ static void show_summary(struct session *s, bool last)
 		return;
 	if (s->watch->json) {
 		json_close(&line, ']');
+		json_open(&line, "events", '[');
+	}
+	for (i = 0; i < EVENT_IDS; i++) {
+		struct seen *seen = &record->events[i];
+		uint64_t new = seen->count - seen->reported;
+
+		seen->reported = seen->count;
+		if (!new || !s->watch->json)
+			continue;
+		json_open(&line, NULL, '{');
+		json_string(&line, "event", kvmi_event_name(i));
+		json_number(&line, "count", seen->count);
+		json_number(&line, "new", new);
+		json_close(&line, '}');
+	}
+	if (s->watch->json) {
+		json_close(&line, ']');
 		json_end(&line, true);
 	} else {
-		human(ts, true, "%s: %" PRIu64 " hits in %.1f s: %s%s",
-		      record->label, total, interval / 1e6, text,
-		      more ? ", ..." : "");
+		human(ts, true, "%s: %" PRIu64 "%s in %.1f s: %s%s",
+		      record->label, total, wants_breakpoints(s->watch) ?
+		      " hits" : "", interval / 1e6, text, more ? ", ..." : "");
 	}
 }
 
@@ -319,12 +368,12 @@ static bool is_stopping(struct session *s)
 	       atomic_load(&s->watch->stopping);
 }
 
-static void count_hit(struct session *s, struct breakpoint *bp)
+static void count_one(struct session *s, uint64_t *hits)
 {
-	uint64_t hits = atomic_fetch_add(&s->watch->hits, 1) + 1;
+	uint64_t all = atomic_fetch_add(&s->watch->hits, 1) + 1;
 
-	bp->hits++;
-	if (s->watch->count && hits == s->watch->count)
+	++*hits;
+	if (s->watch->count && all == s->watch->count)
 		watch_stop(s->watch);
 }
 
@@ -334,8 +383,56 @@ static void on_hit(struct kvmi_hook *hook, const struct kvmi_vm_event *event,
 	struct vm_record *record = context;
 	struct breakpoint *bp = kvmi_hook_cookie(hook);
 
-	count_hit(record->session, bp);
+	count_one(record->session, &bp->hits);
 	show_hit(record->session, bp, now_us(), event->vcpu, &event->state);
+}
+
+static void show_event(struct session *s, const struct kvmi_vm_event *event)
+{
+	struct seen *seen = &s->record->events[event->id];
+	char text[640];
+	struct line line;
+
+	count_one(s, &seen->count);
+	if (s->watch->quiet ||
+	    (!s->watch->json && seen->shown >= s->watch->show_hits))
+		return;
+	start_line(s, &line, now_us(), kvmi_event_name(event->id));
+	events_describe(event, &s->record->guest, s->watch->map, &line, text,
+			sizeof(text));
+	if (s->watch->json) {
+		json_end(&line, true);
+		return;
+	}
+	human(now_us(), true, "%s: vCPU %u: %s", s->record->label, event->vcpu,
+	      text);
+	if (++seen->shown == s->watch->show_hits)
+		human(0, true, "                 %s: further events of the kind %s are only counted (see --show)",
+		      s->record->label, kvmi_event_name(event->id));
+}
+
+static enum kvmi_action on_page(const struct kvmi_vm_event *event, void *context)
+{
+	struct vm_record *record = context;
+
+	show_event(record->session, event);
+
+	return KVMI_ACTION_CONTINUE;
+}
+
+static void on_event(struct kvmi_vm_event *event, void *context)
+{
+	struct vm_record *record = context;
+	struct session *s = record->session;
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	if (events_want(&s->watch->events, event->id))
+		show_event(s, event);
+	status = kvmi_vm_reply(s->vm, event, KVMI_ACTION_CONTINUE, &err);
+	if (status != KVMI_OK && !is_lost(s, status, &err))
+		problem(s, "vCPU %u: %s", event->vcpu, err.message);
+	kvmi_vm_event_free(event);
 }
 
 static void on_problem(struct kvmi_hook *hook, enum kvmi_hook_problem kind,
@@ -376,8 +473,8 @@ static bool is_interrupted(void *context)
 bool session_make_hooks(struct vm_record *record)
 {
 	static const struct kvmi_hooks_callbacks callbacks = {
-		.hit = on_hit, .problem = on_problem,
-		.interrupted = on_interrupted,
+		.hit = on_hit, .page = on_page, .event = on_event,
+		.problem = on_problem, .interrupted = on_interrupted,
 	};
 
 	record->hooks = kvmi_hooks_new(&callbacks, record, NULL);
@@ -545,6 +642,36 @@ static void resolve(struct session *s)
 	}
 }
 
+/*
+ * The pages of --access, once for each boot.  Comes before vCPUs are looked for:
+ * the hooks enable events of pages only if they have some.
+ */
+static void restrict_pages(struct session *s)
+{
+	struct vm_record *record = s->record;
+	const struct kvmi_page_access *page;
+	enum kvmi_status status;
+	struct kvmi_error err;
+
+	if (!s->watch->events.access_count)
+		return;
+	if (!record->pages) {
+		status = events_pages(&s->watch->events, &record->guest,
+				      s->watch->map, &record->pages,
+				      &record->page_count, &err);
+		if (status != KVMI_OK && !is_lost(s, status, &err))
+			problem(s, "%s", err.message);
+	}
+	while (record->pages_given < record->page_count && !is_stopping(s)) {
+		page = &record->pages[record->pages_given++];
+		status = kvmi_hooks_restrict(s->hooks, page->gpa, page->access,
+					     &err);
+		/* what is no memory is complained about in plant() */
+		if (status != KVMI_OK)
+			is_lost(s, status, &err);
+	}
+}
+
 /* All breakpoints into the guest */
 static void plant(struct session *s)
 {
@@ -562,6 +689,8 @@ static void plant(struct session *s)
 
 	s->planted = true;
 	s->summary_ts = now_us();
+	if (!wants_hooks(s->watch))
+		return;
 	resolve(s);
 	kvmi_hooks_set_paging(s->hooks, &paging);
 	if (!is_stopping(s)) {
@@ -585,11 +714,13 @@ static void plant(struct session *s)
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "planted");
 		json_number(&line, "breakpoints", result.in);
+		json_number(&line, "pages", record->pages_given);
 		json_number(&line, "duration_us", now_us() - start);
 		json_end(&line, false);
 	} else {
-		human(now_us(), false, "%s: %zu breakpoint%s planted in %.1f ms",
+		human(now_us(), false, "%s: %zu breakpoint%s planted, %zu page%s restricted in %.1f ms",
 		      record->label, result.in, result.in == 1 ? "" : "s",
+		      record->pages_given, record->pages_given == 1 ? "" : "s",
 		      (now_us() - start) / 1e3);
 	}
 }
@@ -623,7 +754,10 @@ static void tell_out(struct session *s, int64_t ts, size_t count)
 	}
 }
 
-/* All breakpoints out, all vCPUs on their way */
+/*
+ * All breakpoints out, all pages free, all vCPUs on their way.  KVM itself
+ * switches off what other events were asked for when the connection ends.
+ */
 static void clean(struct session *s, const char *reason)
 {
 	struct vm_record *record = s->record;
@@ -676,7 +810,7 @@ static void finish(struct session *s)
 {
 	struct vm_record *record = s->record;
 	const char *reason = s->unhook_ts ? "unhook" : "stop";
-	uint64_t hits = 0;
+	uint64_t hits = 0, events = 0;
 	struct line line;
 	size_t i, left;
 	int64_t ts;
@@ -686,6 +820,8 @@ static void finish(struct session *s)
 	left = kvmi_hooks_detach(s->hooks);
 	for (i = 0; i < record->breakpoint_count; i++)
 		hits += record->breakpoints[i].hits;
+	for (i = 0; i < EVENT_IDS; i++)
+		events += record->events[i].count;
 	show_summary(s, true);
 
 	if (s->lost) {
@@ -712,6 +848,7 @@ static void finish(struct session *s)
 			json_number(&line, "left", left);
 		}
 		json_number(&line, "hits", hits);
+		json_number(&line, "events", events);
 		json_end(&line, false);
 	} else if (s->lost) {
 		human(ts, false, "%s: connection lost: %s (%zu breakpoints were in the guest; if it comes back with them, they are taken over)",
@@ -725,30 +862,89 @@ static void finish(struct session *s)
  * The start
  */
 
+/* Those of vCPUs that have not got them so far */
+static enum kvmi_status enable_events(struct session *s, struct kvmi_error *err)
+{
+	enum kvmi_status status;
+	unsigned int count, i;
+
+	if (!events_ids(&s->watch->events))
+		return KVMI_OK;
+	status = kvmi_vm_get_vcpu_count(s->vm, &count, err);
+	if (status != KVMI_OK)
+		return status;
+	if (count > s->vcpu_count) {
+		bool *done = realloc(s->vcpu_done, count * sizeof(*done));
+
+		if (!done) {
+			snprintf(err->message, sizeof(err->message),
+				 "out of memory");
+			return KVMI_ERR_LIMIT;
+		}
+		memset(done + s->vcpu_count, 0,
+		       (count - s->vcpu_count) * sizeof(*done));
+		s->vcpu_done = done;
+		s->vcpu_count = count;
+	}
+	for (i = 0; i < count && !is_stopping(s); i++) {
+		if (s->vcpu_done[i])
+			continue;
+		status = events_control(&s->watch->events, s->vm, i, true, err);
+		/* the others wait for answers */
+		kvmi_hooks_dispatch(s->hooks);
+		if (status == KVMI_OK)
+			s->vcpu_done[i] = true;
+		else if (status != KVMI_ERR_NOT_STARTED)
+			return status;
+	}
+
+	return KVMI_OK;
+}
+
 /* vCPUs that are there, and have started, since the last time */
 static void look_for_vcpus(struct session *s)
 {
-	enum kvmi_status status;
+	enum kvmi_status status = KVMI_OK;
 	struct kvmi_error err;
 
-	status = kvmi_hooks_look_for_vcpus(s->hooks, &err);
+	if (wants_hooks(s->watch))
+		status = kvmi_hooks_look_for_vcpus(s->hooks, &err);
+	if (status == KVMI_OK)
+		status = enable_events(s, &err);
 	if (status != KVMI_OK && !is_lost(s, status, &err))
 		problem(s, "%s", err.message);
 }
 
-/* Looks for the kernel; plants when it is there.  When to try again, in ms. */
+static unsigned int count_vcpus(const struct session *s)
+{
+	unsigned int count = 0, i;
+
+	if (wants_hooks(s->watch))
+		return kvmi_hooks_vcpus(s->hooks);
+	for (i = 0; i < s->vcpu_count; i++)
+		count += s->vcpu_done[i];
+
+	return count;
+}
+
+/*
+ * Looks for the kernel, if that is needed; plants when it is there.  When to try
+ * again, in ms.
+ */
 static int try_to_plant(struct session *s)
 {
 	struct guest *guest = &s->record->guest;
-	enum guest_result result;
+	enum guest_result result = GUEST_FOUND;
 	struct kvmi_error err;
 	char text[256] = "";
+	unsigned int vcpus;
 	struct line line;
 
 	guest->interrupted = is_interrupted;
 	guest->context = s;
-	result = guest_find_kernel(guest, s->vm, s->watch->map, text,
-				   sizeof(text), &err);
+	if (wants_kernel(s->watch))
+		result = guest_find_kernel(guest, s->vm, s->watch->map, text,
+					   sizeof(text), &err);
 	kvmi_hooks_dispatch(s->hooks);
 	if (result == GUEST_FAILED) {
 		if (!is_lost(s, err.status, &err))
@@ -771,23 +967,29 @@ static int try_to_plant(struct session *s)
 						 KERNEL_POLL_MS;
 	}
 
+	restrict_pages(s);
 	look_for_vcpus(s);
 	if (s->lost)
 		return KERNEL_POLL_MS;
-	if (!kvmi_hooks_vcpus(s->hooks))
+	vcpus = count_vcpus(s);
+	if (!vcpus)
 		return KERNEL_RETRY_MS;
 
 	if (s->watch->json) {
 		start_line(s, &line, now_us(), "ready");
-		json_string(&line, "kernel", guest->banner);
-		json_hex(&line, "offset", guest->kaslr);
-		json_number(&line, "vcpus", kvmi_hooks_vcpus(s->hooks));
+		if (wants_kernel(s->watch)) {
+			json_string(&line, "kernel", guest->banner);
+			json_hex(&line, "offset", guest->kaslr);
+		}
+		json_number(&line, "vcpus", vcpus);
 		json_end(&line, false);
-	} else {
+	} else if (wants_kernel(s->watch)) {
 		human(now_us(), false, "%s: %.100s, moved by 0x%" PRIx64 ", %u vCPU%s",
 		      s->record->label, guest->banner, (uint64_t)guest->kaslr,
-		      kvmi_hooks_vcpus(s->hooks),
-		      kvmi_hooks_vcpus(s->hooks) == 1 ? "" : "s");
+		      vcpus, vcpus == 1 ? "" : "s");
+	} else {
+		human(now_us(), false, "%s: %u vCPU%s", s->record->label, vcpus,
+		      vcpus == 1 ? "" : "s");
 	}
 	plant(s);
 
@@ -804,6 +1006,13 @@ static void check_start_time(struct vm_record *record,
 		return;
 	record->start_time = hello->start_time;
 	guest_forget(&record->guest);
+	/* not attached: this sends nothing */
+	for (i = 0; i < record->pages_given; i++)
+		kvmi_hooks_restrict(record->hooks, record->pages[i].gpa,
+				    KVMI_PAGE_RWX, NULL);
+	free(record->pages);
+	record->pages = NULL;
+	record->page_count = record->pages_given = 0;
 	for (i = 0; i < record->breakpoint_count; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];
 
@@ -814,11 +1023,6 @@ static void check_start_time(struct vm_record *record,
 		bp->complained = false;
 		bp->gva = 0;
 	}
-}
-
-static bool wants_breakpoints(const struct watch *watch)
-{
-	return watch->spec_count || watch->spread;
 }
 
 /*
@@ -841,14 +1045,18 @@ static bool wait_for_handshake(struct session *s)
 
 static bool begin(struct session *s)
 {
-	uint64_t commands = KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS);
-	uint64_t events = KVMI_SET(KVMI_EV_UNHOOK);
+	uint64_t commands = KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS) |
+			    events_commands(&s->watch->events);
+	uint64_t events = KVMI_SET(KVMI_EV_UNHOOK) |
+			  events_ids(&s->watch->events);
 	const struct kvmi_vm_hello *hello;
 	enum kvmi_status status;
 	struct kvmi_error err;
 	struct line line;
 
-	if (wants_breakpoints(s->watch)) {
+	if (wants_kernel(s->watch))
+		commands |= ONE_VM_KERNEL_COMMANDS;
+	if (wants_hooks(s->watch)) {
 		commands |= KVMI_SET(KVMI_CMD_VM_GET_INFO) |
 			    KVMI_SET(KVMI_CMD_VM_READ_PHYSICAL) |
 			    KVMI_SET(KVMI_CMD_VM_WRITE_PHYSICAL) |
@@ -904,7 +1112,7 @@ static bool begin(struct session *s)
 		return false;
 	}
 	/* else there is more to do before */
-	if (!s->lost && s->watch->json && !wants_breakpoints(s->watch)) {
+	if (!s->lost && s->watch->json && !wants_anything(s->watch)) {
 		start_line(s, &line, now_us(), "ready");
 		json_end(&line, false);
 	}
@@ -915,7 +1123,7 @@ static bool begin(struct session *s)
 void session_run(struct watch *watch, struct kvmi_vm *vm)
 {
 	struct session s = { .watch = watch, .vm = vm };
-	bool wants_to_plant = wants_breakpoints(watch);
+	bool wants_to_plant = wants_anything(watch);
 	int64_t next_try = 0, next_look = 0, now;
 
 	if (!begin(&s)) {
@@ -968,5 +1176,6 @@ void session_run(struct watch *watch, struct kvmi_vm *vm)
 	}
 
 	finish(&s);
+	free(s.vcpu_done);
 	record_release(watch, s.record);
 }

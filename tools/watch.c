@@ -14,6 +14,7 @@
 
 #include "kvmi.h"
 #include "output.h"
+#include "run.h"
 #include "watch.h"
 
 #define MAX_SESSIONS 256
@@ -24,45 +25,42 @@ static const char help[] =
 "Usage: kvmi watch --socket PATH [OPTION]...\n"
 "\n"
 "Waits for VMs (any number of them), puts breakpoints into their running Linux\n"
-"kernels, and prints and counts the hits.  When a VM is going to be paused,\n"
-"saved or migrated, all breakpoints are taken out first; they are put back when\n"
-"the VM comes back.  Ctrl-C takes them out, too; a second one ends at once and\n"
-"leaves them in.\n"
+"kernels, asks for other events of their vCPUs, and prints and counts them.  When\n"
+"a VM is going to be paused, saved or migrated, all breakpoints are taken out\n"
+"first; everything is put back when the VM comes back.  Ctrl-C takes them out,\n"
+"too; a second one ends at once and leaves them in.\n"
 "\n"
 "Options:\n"
-"  -s, --socket PATH       listen on this unix socket, or on vsock:PORT\n"
-"      --mode OCTAL        permissions of the socket (default: 0600)\n"
-"  -k, --key-file FILE     the secret that the key= property of QEMU's kvmi\n"
-"                          object stands for\n"
-"      --mutual            only VMs whose QEMU proves that it knows the secret:\n"
-"                          with auth=hmac\n"
-"  -b, --break WHERE       SYMBOL, SYMBOL+OFFSET, or an address in the guest\n"
-"                          (0x...); can be given many times.  It must be where an\n"
-"                          instruction begins; that cannot be checked\n"
-"  -f, --break-file FILE   one WHERE a line; # begins a comment\n"
-"      --syscall NAME      the system call NAME (openat, ...): a breakpoint on its\n"
-"                          function, a hit shows number and arguments; can be\n"
-"                          given many times.  64-bit programs only\n"
-"      --syscalls          all system calls, at the kernel's entry.  This is slow\n"
-"  -m, --system-map FILE   the System.map of the guests' kernel.  Without it, each\n"
-"                          guest's symbols are read from its own memory\n"
-"  -n, --count N           end after N hits\n"
-"      --show N            print the first N hits of each breakpoint, then only\n"
-"                          numbers once a second (default: 5)\n"
-"  -q, --quiet             print no hits, only the numbers at the end\n"
-"  -j, --json              print one JSON object a line: all events, all hits\n"
-"  -h, --help              print this\n"
+"  -b, --break WHERE      SYMBOL, SYMBOL+OFFSET, or an address in the guest\n"
+"                         (0x...); can be given many times.  It must be where an\n"
+"                         instruction begins; that cannot be checked\n"
+"  -f, --break-file FILE  one WHERE a line; # begins a comment\n"
+"      --syscall NAME     the system call NAME (openat, ...): a breakpoint on its\n"
+"                         function, a hit shows number and arguments; can be\n"
+"                         given many times.  64-bit programs only\n"
+"      --syscalls         all system calls, at the kernel's entry.  This is slow\n"
+EVENTS_HELP
+"  -n, --count N          end after N hits and events\n"
+"      --show N           print the first N hits of each breakpoint and events of\n"
+"                         each kind, then only numbers once a second (default: 5)\n"
+"  -q, --quiet            print none of them, only the numbers at the end\n"
+RUN_OPTIONS_HELP
 "\n"
 "JSON: every object has \"ts\" (microseconds since 1970), \"event\" and, but for the\n"
 "first, \"vm\" and \"uuid\".  Addresses and registers are strings (\"0x...\").\n"
 "  listening       socket\n"
 "  connected       start_time, max_gpa\n"
-"  ready           kernel, offset (KASLR), vcpus: the guest's kernel was found;\n"
-"                  without breakpoints, nobody looks for it, and these are missing\n"
-"  planted         breakpoints: how many; duration_us\n"
+"  ready           vcpus; kernel, offset (KASLR): missing if nothing that was asked\n"
+"                  for has to do with symbols and there is no --system-map\n"
+"  planted         breakpoints, pages: how many; duration_us\n"
 "  hit             vcpu, symbol, address, hits, registers{}; of --syscall, too:\n"
 "                  syscall{name (if known), number, arguments[6]}\n"
-"  summary         interval_us, foreign, breakpoints[{symbol, hits}]: each second\n"
+"  cr              cr, old, new          msr         msr, old, new\n"
+"  pf              access, gva, gpa, symbol          xsetbv      xcr, old, new\n"
+"  descriptor      register, write       hypercall\n"
+"                  these have vcpu, rip, by (function at rip), cr3, user, too\n"
+"  summary         interval_us, foreign, breakpoints[{symbol, hits, new}],\n"
+"                  events[{event, count, new}]: each second\n"
 "  notified        reason: \"unhook\" (the VM is going to be paused) or \"stop\"\n"
 "  breakpoint-out  symbol, address, original (the byte put back)\n"
 "                  or, when there are more than 16, only their count\n"
@@ -70,14 +68,12 @@ static const char help[] =
 "                  verified: memory was read to make sure (left out if taking out\n"
 "                  took so long that QEMU's deadline is near); held: all vCPUs\n"
 "                  stood still\n"
-"  closed          reason: \"unhook\", \"stop\" or \"lost\"; hits; if lost, detail\n"
-"                  and left: the breakpoints that may still be in the guest\n"
+"  closed          reason: \"unhook\", \"stop\" or \"lost\"; hits, events; if lost,\n"
+"                  detail and left: the breakpoints that may still be in the guest\n"
 "  problem         message\n";
 
 enum {
-	OPTION_MODE = 256,
-	OPTION_MUTUAL,
-	OPTION_SHOW,
+	OPTION_SHOW = 256,
 	OPTION_SPREAD,
 	OPTION_SYSCALL,
 	OPTION_SYSCALLS,
@@ -135,6 +131,7 @@ static void record_free(struct vm_record *record)
 	guest_forget(&record->guest);
 	kvmi_hooks_free(record->hooks);
 	free(record->syscall_table);
+	free(record->pages);
 	free(record->breakpoints);
 	free(record);
 }
@@ -307,10 +304,8 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 			 struct where *where)
 {
 	static const struct option options[] = {
-		{ "socket", required_argument, NULL, 's' },
-		{ "mode", required_argument, NULL, OPTION_MODE },
-		{ "key-file", required_argument, NULL, 'k' },
-		{ "mutual", no_argument, NULL, OPTION_MUTUAL },
+		ONE_VM_SOCKET_OPTIONS, ONE_VM_MAP_OPTIONS, ONE_VM_JSON_OPTIONS,
+		EVENTS_OPTIONS,
 		{ "break", required_argument, NULL, 'b' },
 		{ "break-file", required_argument, NULL, 'f' },
 		/*
@@ -320,38 +315,19 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 		{ "break-spread", required_argument, NULL, OPTION_SPREAD },
 		{ "syscall", required_argument, NULL, OPTION_SYSCALL },
 		{ "syscalls", no_argument, NULL, OPTION_SYSCALLS },
-		{ "system-map", required_argument, NULL, 'm' },
 		{ "count", required_argument, NULL, 'n' },
 		{ "show", required_argument, NULL, OPTION_SHOW },
 		{ "quiet", no_argument, NULL, 'q' },
-		{ "json", no_argument, NULL, 'j' },
-		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
-	const char *map_path = NULL;
-	char text[512], *end;
+	struct one_vm one = { 0 };
+	int option, result;
 	uint64_t number;
-	int option;
 
-	while ((option = getopt_long(argc, argv, "s:k:b:f:m:n:qjh", options,
-				     NULL)) >= 0) {
+	while ((option = getopt_long(argc, argv, "b:f:n:q" EVENTS_SHORT
+				     ONE_VM_SOCKET ONE_VM_MAP ONE_VM_JSON,
+				     options, NULL)) >= 0) {
 		switch (option) {
-		case 's':
-			where->socket = optarg;
-			break;
-		case OPTION_MODE:
-			where->mode = strtoul(optarg, &end, 8);
-			if (*end || !where->mode || where->mode > 0777) {
-				complain("--mode wants an octal number from 1 to 0777");
-				return EXIT_USAGE;
-			}
-			break;
-		case 'k':
-			where->key_file = optarg;
-			break;
-		case OPTION_MUTUAL:
-			where->mutual = true;
-			break;
 		case 'b':
 			if (!*optarg || add_spec(watch, "", optarg, false)) {
 				complain("--break wants a symbol or an address");
@@ -382,9 +358,6 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 			}
 			watch->spread = number;
 			break;
-		case 'm':
-			map_path = optarg;
-			break;
 		case 'n':
 			if (parse_number(optarg, 1, UINT64_MAX, &number)) {
 				complain("--count wants a number above 0");
@@ -402,14 +375,11 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 		case 'q':
 			watch->quiet = true;
 			break;
-		case 'j':
-			watch->json = true;
-			break;
-		case 'h':
-			fputs(help, stdout);
-			return EXIT_OK;
 		default:
-			return EXIT_USAGE;
+			if (!events_option(&watch->events, option, &result))
+				result = one_vm_option(&one, option, help);
+			if (result >= 0)
+				return result;
 		}
 	}
 	if (optind < argc) {
@@ -417,19 +387,12 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 			 argv[optind]);
 		return EXIT_USAGE;
 	}
-	if (!where->socket) {
-		complain("--socket PATH is missing; see kvmi watch --help");
-		return EXIT_USAGE;
-	}
-	if (map_path) {
-		watch->map = symbols_load(map_path, text, sizeof(text));
-		if (!watch->map) {
-			complain("%s", text);
-			return EXIT_PROBLEM;
-		}
-	}
+	result = one_vm_options_end(&one, "watch", 0, 0);
+	watch->map = one.map;
+	watch->json = one.json;
+	*where = one.where;
 
-	return -1;
+	return result;
 }
 
 /* ------------------------------------------------------------------------ */
@@ -444,6 +407,12 @@ static void print_totals(struct watch *watch)
 	for (record = watch->records; record; record = record->next) {
 		uint64_t total = 0;
 
+		for (i = 0; i < EVENT_IDS; i++)
+			if (events_want(&watch->events, i))
+				human(0, false, "%s: %llu events of the kind %s",
+				      record->label,
+				      (unsigned long long)record->events[i].count,
+				      kvmi_event_name(i));
 		if (!record->breakpoint_count)
 			continue;
 		for (i = 0; i < record->breakpoint_count; i++)

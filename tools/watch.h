@@ -11,6 +11,7 @@
 #include <kvmi/hooks.h>
 #include <kvmi/kvmi.h>
 
+#include "events.h"
 #include "guest.h"
 #include "symbols.h"
 
@@ -31,18 +32,19 @@ struct spec {
 struct watch {
 	bool json;
 	bool quiet;
-	unsigned int show_hits;		/* print that many of each breakpoint */
-	uint64_t count;			/* stop after so many hits; 0: don't */
+	unsigned int show_hits;		/* print that many of each breakpoint or kind */
+	uint64_t count;			/* stop after so many; 0: don't */
 	struct symbols *map;		/* NULL: take the guest's own */
 	struct spec *specs;
 	size_t spec_count;
 	bool syscalls;			/* some are --syscall */
 	unsigned int spread;		/* --break-spread */
+	struct events events;		/* what else is asked for */
 
 	int stop_fd;			/* readable: clean up and end */
 	atomic_bool stopping;
 	atomic_bool problem;		/* exit status 1 */
-	atomic_uint_fast64_t hits;
+	atomic_uint_fast64_t hits;	/* and events */
 
 	pthread_mutex_t lock;		/* all below */
 	pthread_cond_t changed;
@@ -65,6 +67,13 @@ struct breakpoint {
 	unsigned int shown;
 };
 
+/* Events of one kind */
+struct seen {
+	uint64_t count;
+	uint64_t reported;	/* as of the last summary */
+	unsigned int shown;
+};
+
 /* A VM, whether connected or not */
 struct vm_record {
 	struct vm_record *next;
@@ -77,6 +86,10 @@ struct vm_record {
 	uint64_t *syscall_table;	/* the guest's sys_call_table; or NULL */
 	struct breakpoint *breakpoints;
 	size_t breakpoint_count;
+	struct seen events[EVENT_IDS];
+	struct kvmi_page_access *pages;	/* of --access; NULL: not known */
+	size_t page_count;
+	size_t pages_given;	/* to hooks, so far */
 	struct kvmi_hooks *hooks;
 	struct session *session;	/* while active */
 };

@@ -42,7 +42,7 @@ static int run(char **out, const char *command, ...)
 static void test_statuses(void)
 {
 	static const char *const commands[] = {
-		"watch", "events", "stat", "protect", "info", "read", "dump",
+		"watch", "stat", "protect", "info", "read", "dump",
 		"ps", "modules", "trace",
 	};
 	g_autofree char *socket = g_build_filename(folder, "socket", NULL);
@@ -70,9 +70,9 @@ static void test_statuses(void)
 			==, 1);
 	g_assert_cmpint(run(NULL, "trace", "-s", socket, "-f", "x", "-c", "0",
 			    NULL), ==, 2);
-	g_assert_cmpint(run(NULL, "events", "-s", socket, "--cr", "2", NULL),
+	g_assert_cmpint(run(NULL, "watch", "-s", socket, "--cr", "2", NULL),
 			==, 2);
-	g_assert_cmpint(run(NULL, "events", "-s", socket, "-a", "x=q", NULL),
+	g_assert_cmpint(run(NULL, "stat", "-s", socket, "-a", "x=q", NULL),
 			==, 2);
 	g_assert_cmpint(run(NULL, "watch", "-s", socket, "--syscall", "a b",
 			    NULL), ==, 2);

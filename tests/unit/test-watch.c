@@ -66,6 +66,7 @@ struct fake_vcpu {
 	unsigned int number;
 	struct kvm_regs regs;
 	bool events;		/* BREAKPOINT */
+	bool cr_events, cr3, pf_events;
 	unsigned int pauses;
 	uint32_t waiting;	/* event number, 0: none */
 	int action;		/* of its answer, -1: not yet */
@@ -82,6 +83,7 @@ struct fake {
 	struct fake_vcpu vcpu[VCPUS];
 	bool ending;
 	bool subscribed;	/* UNHOOK */
+	bool read_only;		/* the page of the stacks */
 };
 
 static void put64(struct fake *fake, uint64_t gpa, uint64_t value)
@@ -146,15 +148,24 @@ static uint64_t to_gpa(uint64_t gva)
 static int event(struct fake_vcpu *v, unsigned int id)
 {
 	struct fake *fake = v->fake;
-	struct kvmi_vcpu_event_breakpoint data = {
+	struct kvmi_vcpu_event_breakpoint breakpoint = {
 		.gpa = to_gpa(v->regs.rip), .insn_len = 1,
 	};
+	struct kvmi_vcpu_event_cr cr = { 3, { 0 }, 0x1000, 0x1000 };
+	struct kvmi_vcpu_event_pf pf = {
+		.gva = v->regs.rsp, .gpa = to_gpa(v->regs.rsp),
+		.access = KVMI_PAGE_ACCESS_W,
+	};
+	const void *data = id == KVMI_VCPU_EVENT_CR ? (void *)&cr :
+			   id == KVMI_VCPU_EVENT_PF ? (void *)&pf : &breakpoint;
+	size_t size = id == KVMI_VCPU_EVENT_CR ? sizeof(cr) :
+		      id == KVMI_VCPU_EVENT_PF ? sizeof(pf) :
+		      id == KVMI_VCPU_EVENT_BREAKPOINT ? sizeof(breakpoint) : 0;
 
 	fake->sim->regs[v->number] = v->regs;
 	v->action = -1;
 	v->has_new = false;
-	sim_event(fake->sim, v->number, id, &data,
-		  id == KVMI_VCPU_EVENT_BREAKPOINT ? sizeof(data) : 0);
+	sim_event(fake->sim, v->number, id, data, size);
 	v->waiting = fake->sim->seq;
 	/* -2: the connection has ended */
 	while (v->action == -1)
@@ -199,6 +210,9 @@ static void execute(struct fake_vcpu *v)
 	switch (i) {
 	case PUSH:
 		regs->rsp -= 8;
+		if (v->fake->read_only && v->pf_events)
+			g_assert_cmpint(event(v, KVMI_VCPU_EVENT_PF), !=,
+					KVMI_EVENT_ACTION_RETRY);
 		put64(v->fake, to_gpa(regs->rsp), regs->rbp);
 		break;
 	case PUSH + 1:
@@ -217,6 +231,10 @@ static void execute(struct fake_vcpu *v)
 		g_assert_cmphex(regs->rsp, ==, STACK + 0x400 * (v->number + 1));
 		/* interrupts have to be on when nobody steps */
 		g_assert_cmphex(regs->rflags & 0x200, ==, 0x200);
+		/* here it changes to another address space, and back */
+		if (v->cr_events && v->cr3)
+			g_assert_cmpint(event(v, KVMI_VCPU_EVENT_CR), !=,
+					KVMI_EVENT_ACTION_RETRY);
 		break;
 	}
 }
@@ -323,9 +341,32 @@ static void serve(struct fake *fake)
 		v->has_new = true;
 		break;
 	case KVMI_VCPU_CONTROL_EVENTS:
-		g_assert_cmpint(body[8], ==, KVMI_VCPU_EVENT_BREAKPOINT);
-		v->events = body[10];
+		switch (body[8]) {
+		case KVMI_VCPU_EVENT_BREAKPOINT:
+			v->events = body[10];
+			break;
+		case KVMI_VCPU_EVENT_CR:
+			v->cr_events = body[10];
+			break;
+		default:
+			g_assert_cmpint(body[8], ==, KVMI_VCPU_EVENT_PF);
+			v->pf_events = body[10];
+		}
 		break;
+	case KVMI_VCPU_CONTROL_CR:
+		g_assert_cmpint(body[8], ==, 3);
+		v->cr3 = body[9];
+		break;
+	case KVMI_VM_SET_PAGE_ACCESS: {
+		struct kvmi_page_access_entry entry;
+
+		g_assert_cmpint(body[0], ==, 1);
+		memcpy(&entry, body + sizeof(struct kvmi_vm_set_page_access),
+		       sizeof(entry));
+		g_assert_cmphex(entry.gpa, ==, STACK_GPA);
+		fake->read_only = !(entry.access & KVMI_PAGE_ACCESS_W);
+		break;
+	}
 	case KVMI_VM_CONTROL_EVENTS:
 		fake->subscribed = true;
 		break;
@@ -360,10 +401,12 @@ static void serve_connection(struct sim *sim)
 		struct fake_vcpu *v = &fake->vcpu[i];
 
 		v->pauses = 0;
-		v->events = false;
+		v->events = v->cr_events = v->cr3 = v->pf_events = false;
 		if (v->waiting && v->action == -1)
 			v->action = -2;
 	}
+	/* KVM would free it, but the tool has to do so while the guest runs */
+	g_assert_false(fake->read_only);
 	g_cond_broadcast(&fake->changed);
 	fake->sim = NULL;
 	g_mutex_unlock(&fake->lock);
@@ -433,7 +476,8 @@ static void die_with_parent(void *unused)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 }
 
-static void start(struct run *run, const char *const *breaks)
+static void start(struct run *run, const char *const *breaks,
+		  const char *const *options)
 {
 	GPtrArray *args = g_ptr_array_new();
 	int output;
@@ -456,6 +500,8 @@ static void start(struct run *run, const char *const *breaks)
 		g_ptr_array_add(args, "--break");
 		g_ptr_array_add(args, (char *)breaks[i]);
 	}
+	for (i = 0; options && options[i]; i++)
+		g_ptr_array_add(args, (char *)options[i]);
 	g_ptr_array_add(args, NULL);
 	g_assert_true(g_spawn_async_with_pipes(NULL, (char **)args->pdata, NULL,
 					       G_SPAWN_DO_NOT_REAP_CHILD,
@@ -549,7 +595,7 @@ static void watch(const char *const *breaks, unsigned int rounds)
 	struct sim *sim;
 	unsigned int i, hits;
 
-	start(&run, breaks);
+	start(&run, breaks, NULL);
 	expect(&run, "listening");
 	for (i = 0; i < rounds; i++) {
 		sim = connect_sim(&run);
@@ -610,6 +656,55 @@ static void test_stepped(void)
 	watch(breaks, 2);
 }
 
+/* Breakpoints, CR3 and a page at once, again after a stop; or without the former */
+static void events(const char *const *breaks)
+{
+	static const char *const options[] = {
+		"--cr", "3", "--access", "phys:0x10008,16=rx", NULL
+	};
+	struct run run;
+	struct sim *sim;
+	unsigned int i;
+
+	start(&run, breaks, options);
+	expect(&run, "listening");
+	for (i = 0; i < 2; i++) {
+		sim = connect_sim(&run);
+		expect(&run, "planted");
+		expect(&run, "cr");
+		expect(&run, "pf");
+		if (breaks[0])
+			g_assert_cmpint(expect(&run, "summary"), >, 0);
+		if (i)
+			kill(run.pid, SIGINT);
+		else
+			unhook(&run);
+		expect(&run, "clean");
+		sim_stop(sim);
+		g_free(sim);
+		assert_clean(run.fake);
+		expect(&run, "closed");
+		assert_alive(run.fake);
+	}
+	finish(&run, 0);
+}
+
+static void test_events(void)
+{
+	static const char *const breaks[] = {
+		"function", "function+13", NULL
+	};
+
+	events(breaks);
+}
+
+static void test_events_alone(void)
+{
+	static const char *const none[] = { NULL };
+
+	events(none);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
@@ -628,6 +723,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/watch/push", test_push);
 	g_test_add_func("/watch/stepped", test_stepped);
 	g_test_add_func("/watch/all", test_all);
+	g_test_add_func("/watch/events", test_events);
+	g_test_add_func("/watch/events-alone", test_events_alone);
 
 	return g_test_run();
 }
