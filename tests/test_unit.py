@@ -114,6 +114,56 @@ def test_reference_wants_all(tmp_path):
     assert r.returncode == 1 and b"kvmi_hooks_new is exported, but in no header" in r.stderr, r.stderr
 
 
+def of_the_tool():
+    """Its commands, as it says itself."""
+    tool = host.need(host.BUILD / "tools/kvmi", "build first")
+    env = dict(os.environ, LD_LIBRARY_PATH=str(host.BUILD / "lib"))
+    text = subprocess.run([tool, "--help"], stdout=subprocess.PIPE, env=env, timeout=60, check=True).stdout.decode()
+    found = re.findall(r"^  ([a-z]+)  +\S", text, re.M)
+    assert {"watch", "read", "doctor"} <= set(found), text
+    return found
+
+
+def test_tool_manual():
+    """kvmi(1) has all that --help says of each command, and nothing that roff stumbles over."""
+    if not shutil.which("groff"):
+        pytest.skip("groff is missing: scripts/deps --install")
+    page = host.need(host.BUILD / "tools/kvmi.1", "build first")
+    r = subprocess.run(["groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=120n", page], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                       stderr=subprocess.PIPE, timeout=60)
+    assert r.returncode == 0 and not r.stderr, r.stderr.decode()
+    text = r.stdout.decode().replace("\u2212", "-").replace("\u2010", "-")
+    env = dict(os.environ, LD_LIBRARY_PATH=str(host.BUILD / "lib"))
+    for command in of_the_tool():
+        said = subprocess.run([host.BUILD / "tools/kvmi", command, "--help"], stdout=subprocess.PIPE, env=env, timeout=60, check=True).stdout.decode()
+        section = text.split(f"\n{command.upper()}\n", 1)
+        assert len(section) == 2, f"no section about {command}"
+        lines = [line.strip() for line in re.split(r"\n(?=\S)", section[1])[0].splitlines()]
+        missing = [line for line in said.splitlines() if line.strip() and line.strip() not in lines]
+        assert not missing, f"{command}: {missing}"
+
+
+def test_completion():
+    script = host.need(host.BUILD / "tools/kvmi.bash", "build first")
+
+    def complete(*words):
+        # compopt wants a real completion to be going on
+        command = 'compopt() { :; }; . "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _kvmi; printf "%s\\n" "${COMPREPLY[@]}"'
+        r = subprocess.run(["bash", "-c", command, script, "kvmi", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, timeout=60, cwd=host.TOP, check=True)
+        return r.stdout.decode().split()
+
+    assert complete("") == [*of_the_tool(), "--help", "--version"]
+    assert complete("wa") == ["watch"] and complete("nothing", "") == []
+    assert complete("watch", "--sys") == ["--syscall", "--syscalls", "--system-map"]
+    assert {"--cr", "--msr", "--access", "--break", "--socket"} <= set(complete("watch", "--"))
+    assert complete("watch", "--cr", "") == ["0", "3", "4"]
+    assert complete("dump", "--format", "") == ["elf", "raw"] == complete("dump", "-F", "") and complete("dump", "-F", "r") == ["raw"]
+    assert complete("read", "-s", "READ") == ["README.md"] == complete("dump", "READ") and complete("read", "READ") == []
+    if "libvirt" in of_the_tool():
+        assert complete("libvirt", "") == ["enable", "disable", "status"] and complete("libvirt", "enable", "") == []
+
+
 @pytest.mark.parametrize("ours, qemus", [("linux/include/uapi/linux/kvmi.h", "qemu/linux-headers/linux/kvmi.h"),
                                          ("linux/arch/x86/include/uapi/asm/kvmi.h", "qemu/linux-headers/asm-x86/kvmi.h")],
                          ids=["kvmi.h", "asm-kvmi.h"])

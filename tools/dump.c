@@ -36,7 +36,7 @@ static const char help[] =
 "Until it is complete it is called FILE.part; what is not completed is deleted.\n"
 "\n"
 "Options:\n"
-"  -F, --format FORMAT    elf: a core file as QEMU's dump-guest-memory makes it,\n"
+"  -F, --format elf|raw   elf: a core file as QEMU's dump-guest-memory makes it,\n"
 "                         with the registers of the vCPUs, for crash and gdb\n"
 "                         (default); raw: nothing but memory, what is at address\n"
 "                         A of the range is at offset A - START of FILE\n"

@@ -48,7 +48,7 @@ enum {
 	{ "xsetbv", no_argument, NULL, OPTION_XSETBV }, \
 	{ "hypercalls", no_argument, NULL, OPTION_HYPERCALLS }
 #define EVENTS_HELP \
-"      --cr N             writes of CR0, CR3 (switches of address spaces) or CR4\n" \
+"      --cr 0|3|4         writes of CR0, CR3 (switches of address spaces) or CR4\n" \
 "      --msr N            writes of this MSR (0x...); up to 64 times\n" \
 "  -a, --access WHERE[,LENGTH]=ACCESS\n" \
 "                         accesses other than ACCESS (r, w, x, none: together, as\n" \
