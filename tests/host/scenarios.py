@@ -855,40 +855,150 @@ def tool_trace(g):
     g.wait_alive()
 
 
+# TSC_DEADLINE, and x2APIC's EOI, ICR and TMICT: whatever the guest's timer makes it write
+MSRS = ("0x6e0", "0x80b", "0x830", "0x838")
+
+
 @scenario(timeout=240)
-def tool_events_and_stat(g):
-    """kvmi events tells of CR3, MSR and page accesses of the running guest, kvmi stat counts them; a stop undoes it before."""
-    text = symbols()[HOT[0]] - symbols()["_text"]
-    with Tool("events", "--cr", "3", "--msr", "0xc0000102", "--msr", "0x6e0", "--access", f"{HOT[0]}=r") as t:
-        t.event("watching", timeout=40, pages=1)
-        cr = t.event("cr", timeout=40, cr=3)
-        assert cr["old"] == cr["cr3"] and cr["new"] != "0x0", cr
+def watch_events(g):
+    """kvmi watch with breakpoints, CR3, MSRs and a page at once: all are told of; a stop undoes it before, cont brings it back."""
+    before = code(g)
+    page = (g.text()[0] + symbols()[HOT[0]] - symbols()["_text"]) >> 12
+    # two functions of the guest's program in different pages, else the breakpoint would be in a page that may not be executed
+    assert page != (g.text()[0] + symbols()[HOT[1]] - symbols()["_text"]) >> 12
+    with Watch(HOT[1], options=["--cr", "3", *(o for m in MSRS for o in ("--msr", m)), "--access", f"{HOT[0]}=r"]) as t:
+        mark = 0
         for _ in range(2):
-            mark = t.mark()
-            # the page of the function is one that the guest executes
+            planted = t.event("planted", since=mark, timeout=40)
+            assert (planted["breakpoints"], planted["pages"]) == (1, 1), planted
+            cr = t.event("cr", since=mark, timeout=40, cr=3)
+            assert cr["old"] == cr["cr3"] and cr["new"] != "0x0" and not cr["user"] and "+0x" in cr["by"], cr
             pf = t.event("pf", since=mark, timeout=40, access="execute")
-            assert int(pf["gpa"], 16) >> 12 == (g.text()[0] + text) >> 12 and pf["gva"] == pf["rip"], pf
+            assert int(pf["gpa"], 16) >> 12 == page and pf["gva"] == pf["rip"], pf
+            t.event("msr", since=mark, timeout=40)
+            t.event("hit", since=mark, timeout=40, symbol=HOT[1], count=3)
+            summary = t.event("summary", since=mark, timeout=40)
+            assert {e["event"] for e in summary["events"]} <= {"cr", "msr", "pf"} and summary["events"][0]["new"] > 0, summary
+            mark = t.mark()
             data, stopped = stop(g)
             expect("clean", data)
-            assert t.event("clean", since=mark)["ts"] <= stopped["us"]
+            assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+            assert t.event("closed", since=mark, reason="unhook")["ts"] <= stopped["us"]
+            same_memory(before, code(g), "paused after a clean unhook")
+            print({k: sum(e["event"] == k for e in t.said) for k in ("hit", "cr", "msr", "pf")}, f"unhooked after {data['duration']} µs")
             mark = t.mark()
             cont(g)
         t.event("pf", since=mark, timeout=40)
-        print({k: sum(e["event"] == k for e in t.said) for k in ("cr", "msr", "pf")}, f"unhooked after {data['duration']} µs")
         t.signal(signal.SIGINT)
         assert t.finish() == 0
+        assert t.event("closed", reason="stop")["events"] > 0
     g.wait_alive()
-    with Tool("stat", "--cr", "3", "--count", "3", system_map=False) as t:
-        said = t.event("stat", count=2, timeout=40)
-        assert said["events"][0]["event"] == "cr" and said["events"][0]["count"] > 0, said
-        for what in ("command", "vcpu_command"):
-            assert 0 < said[what]["least_us"] <= said[what]["mean_us"] <= said[what]["most_us"], said
-        assert t.finish() == 0, "--count does not end it"
-    with Tool("events", "--msr", "0x12345", system_map=False) as t:
+    same_memory(before, code(g), "after Ctrl-C")
+    # for people; nobody looks for a kernel
+    text = kvmi("watch", "--cr", "3", "--count", "7", "--show", "3")[0]
+    print(text)
+    assert text.count("CR3 0x") == 3 and "cr are only counted" in text and re.search(r"^guest: \d+ events of the kind cr$", text, re.M), text
+    assert "Linux" not in text, text
+    with Tool("watch", "--msr", "0x12345", system_map=False) as t:
         assert "message" in t.event("problem", timeout=40)
         t.signal(signal.SIGINT)
         assert t.finish() == 1
     g.wait_alive()
+
+
+@scenario(timeout=240, fresh=True)
+def watch_boot(g):
+    """From the guest's first instruction on: it loads its descriptor tables and sets XCR0; then it calls the tool."""
+    with Tool("watch", "--descriptors", "--xsetbv", "--hypercalls", system_map=False) as t:
+        g.start(alive=False)
+        for register in ("GDTR", "IDTR", "TR"):
+            t.event("descriptor", register=register, write=True, timeout=120)
+        xsetbv = t.event("xsetbv", timeout=120)
+        assert xsetbv["xcr"] == 0 and int(xsetbv["new"], 16) & 3 == 3 and not xsetbv["user"], xsetbv
+        g.wait_alive(400)
+        assert t.event("ready")["vcpus"] >= 1
+        # a call that is answered returns 0
+        g.ask("call", "call returned 0")
+        assert t.event("hypercall")["user"]
+        print({k: sum(e["event"] == k for e in t.said) for k in ("descriptor", "xsetbv", "hypercall")})
+        expect("clean", stop(g)[0])
+        cont(g)
+        t.signal(signal.SIGINT)
+        t.finish()
+    # nobody is there: to KVM it is a hypercall of a program, which it refuses
+    wait_state(g, "connecting")
+    g.ask("call", "call returned -1")
+
+
+@scenario(timeout=240)
+def tool_stat(g):
+    """kvmi stat counts events and measures commands."""
+    with Tool("stat", "--cr", "3", "--access", f"{HOT[0]}=r", "--count", "3") as t:
+        said = t.event("stat", count=2, timeout=40)
+        counts = {e["event"]: e["count"] for e in said["events"]}
+        assert counts["cr"] > 0 and counts["pf"] > 0, said
+        for what in ("command", "vcpu_command"):
+            assert 0 < said[what]["least_us"] <= said[what]["mean_us"] <= said[what]["most_us"], said
+        assert t.finish() == 0, "--count does not end it"
+    g.wait_alive()
+
+
+def bytes_of(text):
+    """What kvmi read has printed"""
+    return bytes.fromhex("".join(re.findall(r"^\w{16}  ((?:\w\w +)+) \|", text, re.M)))
+
+
+@scenario()
+def tool_read_and_info(g):
+    """kvmi read prints what QEMU finds in memory, by symbol, by address and physically; kvmi info what QEMU said of the VM."""
+    start, _, virtual = g.text()
+    place, size = symbols()["linux_banner"] - symbols()["_text"], 50
+    expected = g.dump(start + place, start + place + size)
+    assert expected.startswith(b"Linux version "), expected
+    for words in (*MAP, "linux_banner"), (hex(virtual + place),), ("--vcpu", "1", hex(virtual + place)), ("--physical", hex(start + place)):
+        text = kvmi("read", *words, str(size))[0]
+        assert bytes_of(text) == expected and "|Linux version 6" in text, f"{words}: {text}"
+    assert bytes_of(kvmi("read", *MAP, "linux_banner+6", "7")[0]) == b"version"
+    # across pages, and more than one line or message
+    path = DIR / "read"
+    kvmi("read", *MAP, "-o", str(path), "_text+4090", "20000")
+    same_memory(g.dump(start + 4090, start + 24090), path.read_bytes(), "read by symbol")
+    kvmi("read", "--physical", "-o", str(path), hex(start + 4090), "20000")
+    same_memory(g.dump(start + 4090, start + 24090), path.read_bytes(), "read physically")
+    for words, error in ((("--physical", "0x20000000", "16"), "no memory"), (("0xffff000000000000", "1"), "0xffff000000000000"),
+                         (("--vcpu", "7", hex(virtual), "1"), "vCPU"), ((*MAP, "no_such_symbol", "1"), "no_such_symbol")):
+        assert error in kvmi("read", *words, status=1)[1], words
+
+    text = kvmi("info")[0]
+    print(text)
+    for line in ("Name: guest", "UUID: 6b766d69-0000-4000-8000-000000000001", "Memory ends at: 0x10000000 (256 MiB)", "vCPUs: 2"):
+        assert line in text.splitlines(), f"'{line}' is missing:\n{text}"
+    assert len(re.findall(r"^vCPU [01]: rip 0x\w{16} ", text, re.M)) == 2 and "not allowed" not in text, text
+    remove_object(g)
+    g.qmp.execute("object-add", **g.kvmi_options(commands=["vm-get-info"], events=["unhook"]))
+    text = kvmi("info")[0]
+    allowed, refused = re.findall(r"^Commands, (?:not )?allowed:\n(.*)", text, re.M)
+    assert "vm-get-info" in allowed.split() and "vcpu-get-registers" in refused.split() and "read-physical" not in allowed, text
+    assert len(re.findall(r"^vCPU [01]: .*not allow", text, re.M)) == 2, text
+    g.wait_alive()
+
+
+def doctor(status, qemu="qemu/bin/qemu-system-x86_64"):
+    """What kvmi doctor finds missing in this host"""
+    said = json_lines(kvmi("doctor", "--json", "--qemu", str(BUILD / qemu), status=status)[0])
+    print(said)
+    assert {c["check"] for c in said} >= {"cpu", "modules", "device", "qemu", "socket"}, said
+    return [c["check"] for c in said if c["state"] == "missing"]
+
+
+@scenario()
+def tool_doctor(_):
+    """kvmi doctor finds nothing wrong with this host, and says of another QEMU that it won't do. See host_without_kvmi for more."""
+    assert doctor(0) == []
+    assert doctor(1, qemu="qemu/bin/qemu-img") == ["qemu"]
+    text = kvmi("doctor", "--qemu", str(BUILD / "qemu/bin/qemu-system-x86_64"))[0]
+    print(text)
+    assert "introspection is on" in text, text
 
 
 @scenario(timeout=120)
@@ -1097,8 +1207,10 @@ def host_without_kvmi(_):
     wait_until(lambda: Path("/sys/module/kvm_amd/refcnt").read_text() == "0\n", 20, "the last user of kvm-amd to go")
     load(modules, ["introspection=0"])
     assert "introspection=1" in refusal()
+    assert doctor(1) == ["parameter"]
     load(BUILD / "linux/stock")
     assert "without introspection" in refusal()
+    assert doctor(1) == ["modules"]
     # Who comes next gets a new host: see test_scenarios.py.
 
 
