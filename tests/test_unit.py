@@ -114,6 +114,13 @@ def test_reference_wants_all(tmp_path):
     assert r.returncode == 1 and b"kvmi_hooks_new is exported, but in no header" in r.stderr, r.stderr
 
 
+def test_first_tool_is_the_example():
+    listing, = re.findall(r"^```c\n(.*?)^```$", (host.TOP / "docs/first-tool.md").read_text(), re.M | re.S)
+    source = (host.TOP / "examples/first-tool.c").read_text()
+    assert listing == source, "docs/first-tool.md has another examples/first-tool.c than is there"
+    assert source.count("\n") <= 50
+
+
 def of_the_tool():
     """Its commands, as it says itself."""
     tool = host.need(host.BUILD / "tools/kvmi", "build first")
