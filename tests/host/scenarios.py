@@ -1021,13 +1021,16 @@ def places(g, names=HOT):
     return [hex(start + o) for o in breakpoint_offsets(g, names)]
 
 
-class Client:
-    """tests/host/client and what it said so far."""
+TOP = Path(__file__).resolve().parents[2]
 
-    def __init__(self, test, *words):
-        env = dict(os.environ, LD_LIBRARY_PATH=f"{BUILD}/lib/compat:{BUILD}/lib")
-        self.process = subprocess.Popen([str(BUILD / "tests/host/client"), str(SOCKET), test, *words], stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+
+class Program:
+    """A program with our libraries, in C or Python, and what it said so far."""
+
+    def __init__(self, *argv):
+        env = dict(os.environ, LD_LIBRARY_PATH=f"{BUILD}/lib/compat:{BUILD}/lib", PYTHONPATH=str(TOP / "lib/python"))
+        self.process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        env=env)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.text = ""
 
@@ -1050,9 +1053,16 @@ class Client:
         assert words in self.read(), f"the client ended with status {self.process.returncode}"
 
     def finish(self, timeout=120):
-        status = self.process.wait(timeout)
+        status = self.process.wait(patience(timeout))
         self.read()
         assert status == 0, f"the client ended with status {status}"
+
+
+class Client(Program):
+    """tests/host/client, with one of its tests"""
+
+    def __init__(self, test, *words):
+        super().__init__(BUILD / "tests/host/client", SOCKET, test, *words)
 
 
 def client_run(g, test, *words):
@@ -1133,25 +1143,76 @@ def client_unhook(g):
 
 
 @scenario()
+def client_libvmi(g):
+    """The older library as LibVMI uses it: memory, breakpoints, CR3, MSRs, pages, and unloaded while the guest runs on."""
+    before = code(g)
+    with Program(BUILD / "tests/host/libvmi-like", SOCKET, "run", *places(g)) as p:
+        p.finish()
+    g.wait_alive()
+    same_memory(before, code(g), "after a tool that uses the library as LibVMI does")
+    wait_state(g, "connecting")
+
+
+@scenario()
+def client_libvmi_paused(g):
+    """LibVMI has paused all vCPUs, and QMP stops the VM: it is clean, the guest goes on afterwards, and the tool gets it anew."""
+    with Program(BUILD / "tests/host/libvmi-like", SOCKET, "paused", *places(g)) as p:
+        p.said("paused")
+        time.sleep(0.5)         # what is on its way to the console
+        calls = g.calls()[0]
+        time.sleep(1)
+        assert g.calls()[0] == calls, "the guest runs on"
+        data, _ = stop(g)
+        expect("clean", data)
+        assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+        p.said("the connection has ended")
+        cont(g)
+        p.said("the guest is back")
+        p.finish()
+    g.wait_alive()
+
+
+@scenario()
 def client_example(g):
     """The first tool of the examples: ten changes of the address space, then it goes by itself."""
-    r = subprocess.run([BUILD / "examples/first-tool", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                       stderr=subprocess.STDOUT, timeout=patience(60), env=dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib")))
-    print(r.stdout.decode())
-    assert r.returncode == 0 and r.stdout.count(b"CR3 0x") == 10, f"status {r.returncode}"
+    with Program(BUILD / "examples/first-tool", SOCKET) as p:
+        p.finish()
+    assert p.text.count("CR3 0x") == 10, p.text
     g.wait_alive()
 
 
 @scenario()
 def client_python(g):
     """The same in Python. MOV to CR3 is 0f 22 d8...df: it has read the guest's code at RIP."""
-    top = Path(__file__).resolve().parents[2]
-    env = dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), PYTHONPATH=str(top / "lib/python"))
-    r = subprocess.run(["/usr/bin/python3", top / "examples/first-tool.py", SOCKET], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                       stderr=subprocess.STDOUT, timeout=patience(60), env=env)
-    print(r.stdout.decode())
-    assert r.returncode == 0 and len(re.findall(rb"CR3 0x\w+ -> 0x\w+ by 0f22d[89a-f] at 0xf", r.stdout)) == 10, f"status {r.returncode}"
+    with Program("/usr/bin/python3", TOP / "examples/first-tool.py", SOCKET) as p:
+        p.finish()
+    assert len(re.findall(r"CR3 0x\w+ -> 0x\w+ by 0f22d[89a-f] at 0xf", p.text)) == 10, p.text
     g.wait_alive()
+
+
+@scenario()
+def client_python_breakpoints(g):
+    """Breakpoints in Python: hit on both vCPUs, out before the VM is paused, back when it runs, out after Ctrl-C."""
+    before = code(g)
+    with Program("/usr/bin/python3", TOP / "examples/breakpoints.py", SOCKET, MAP[1], *HOT) as p:
+        for name in HOT:
+            for vcpu in range(2):
+                p.said(f"vCPU {vcpu}: {name} (rdi 0x", 60)
+        assert "2 breakpoints planted" in p.text, p.text
+        with_breakpoints = code(g)
+        assert all(with_breakpoints[o] == 0xcc for o in breakpoint_offsets(g, HOT)), "the breakpoints do not show in a dump"
+        data, _ = stop(g)
+        expect("clean", data)
+        same_memory(before, code(g), "paused, with breakpoints from Python")
+        p.said("the VM is about to be paused")
+        seen = len(p.text)
+        cont(g)
+        wait_until(lambda: HOT[0] in p.read()[seen:], 60, "hits after the stop")
+        p.process.send_signal(signal.SIGINT)
+        p.finish()
+        assert "Traceback" not in p.text, p.text
+    g.wait_alive()
+    same_memory(before, code(g), "after Ctrl-C")
 
 
 @scenario()
