@@ -50,8 +50,8 @@ RUN_OPTIONS_HELP
 "first, \"vm\" and \"uuid\".  Addresses and registers are strings (\"0x...\").\n"
 "  listening       socket\n"
 "  connected       start_time, max_gpa\n"
-"  ready           vcpus; kernel, offset (KASLR): missing if nothing that was asked\n"
-"                  for has to do with symbols and there is no --system-map\n"
+"  ready           vcpus; kernel, offset (KASLR): missing if nothing asked for has\n"
+"                  to do with symbols and there is no --system-map\n"
 "  planted         breakpoints, pages: how many; duration_us\n"
 "  hit             vcpu, symbol, address, hits, registers{}; of --syscall, too:\n"
 "                  syscall{name (if known), number, arguments[6]}\n"
@@ -69,7 +69,7 @@ RUN_OPTIONS_HELP
 "                  took so long that QEMU's deadline is near); held: all vCPUs\n"
 "                  stood still\n"
 "  closed          reason: \"unhook\", \"stop\" or \"lost\"; hits, events; if lost,\n"
-"                  detail and left: the breakpoints that may still be in the guest\n"
+"                  detail and left: breakpoints that may still be in the guest\n"
 "  problem         message\n";
 
 enum {
