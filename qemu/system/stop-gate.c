@@ -23,6 +23,7 @@ typedef struct StopTransition {
     StopPolicy policy;
     bool holds;             /* keeps the gate closed until stop_gate_leave() */
     bool user;              /* the user wants a pause: cont is the contrary */
+    bool first;             /* its waiters are called before all others */
     uint32_t moot_by;       /* actions that make it pointless */
 } StopTransition;
 
@@ -36,7 +37,9 @@ static const StopTransition transitions[STOP_ACTION__MAX] = {
     [STOP_ACTION_LOAD]           = { "load",           STOP_CUT },
     [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_WAIT,
                                      .holds = true },
+    /* First, as else a snapshot would have a guest that waits for it for ever */
     [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_WAIT,
+                                     .first = true,
                                      .moot_by = BIT(STOP_ACTION_LOAD) |
                                                 BIT(STOP_ACTION_RESET) |
                                                 BIT(STOP_ACTION_SHUTDOWN) },
@@ -116,6 +119,22 @@ static void tell_open(void)
     }
 }
 
+/* The next waiter to call, or NULL */
+static StopWaiter *next_ready(void)
+{
+    StopWaiter *waiter, *ready = NULL;
+
+    QTAILQ_FOREACH(waiter, &waiters, next) {
+        if (is_ready(waiter)) {
+            if (transitions[waiter->action].first) {
+                return waiter;
+            }
+            ready = ready ?: waiter;
+        }
+    }
+    return ready;
+}
+
 /*
  * Waiters are called from here only.  Whoever released or cancelled them may
  * be deep inside something else, such as a reset; and once out of the queue, a
@@ -133,16 +152,12 @@ static void call_waiters_bh(void *opaque)
     }
 
     /* One that enters now has to wait for the next time */
-again:
-    QTAILQ_FOREACH(waiter, &waiters, next) {
-        if (is_ready(waiter)) {
-            bool cancelled = waiter->state == STOP_WAITER_CANCELLED;
+    while ((waiter = next_ready())) {
+        bool cancelled = waiter->state == STOP_WAITER_CANCELLED;
 
-            QTAILQ_REMOVE(&waiters, waiter, next);
-            waiter->state = STOP_WAITER_IDLE;
-            waiter->done(waiter, cancelled);
-            goto again;
-        }
+        QTAILQ_REMOVE(&waiters, waiter, next);
+        waiter->state = STOP_WAITER_IDLE;
+        waiter->done(waiter, cancelled);
     }
 
     tell_open();

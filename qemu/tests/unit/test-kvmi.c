@@ -820,6 +820,45 @@ static void test_gate_moot(void)
     stop_gate_remove(&g.guard);
 }
 
+typedef struct OrderedWaiter {
+    StopWaiter waiter;
+    int place;
+} OrderedWaiter;
+
+static int places;
+
+static void ordered_done(StopWaiter *waiter, bool cancelled)
+{
+    g_assert_false(cancelled);
+    container_of(waiter, OrderedWaiter, waiter)->place = ++places;
+}
+
+/* A snapshot must not have in it a guest that is just about to suspend */
+static void test_gate_order(void)
+{
+    static const StopAction actions[] = {
+        STOP_ACTION_SAVE, STOP_ACTION_STOP, STOP_ACTION_SUSPEND,
+        STOP_ACTION_MIGRATE,
+    };
+    static const int order[] = { 2, 3, 1, 4 };
+    TestGuard g = new_guard(true);
+    OrderedWaiter w[ARRAY_SIZE(actions)] = { };
+    int i;
+
+    stop_gate_add(&g.guard);
+    for (i = 0; i < ARRAY_SIZE(actions); i++) {
+        w[i].waiter.done = ordered_done;
+        g_assert_false(stop_gate_enter(&w[i].waiter, actions[i]));
+    }
+    stop_gate_release(&g.guard);
+    run_events();
+    for (i = 0; i < ARRAY_SIZE(actions); i++) {
+        g_assert_cmpint(w[i].place, ==, order[i]);
+        stop_gate_leave(&w[i].waiter);
+    }
+    stop_gate_remove(&g.guard);
+}
+
 typedef struct GateFunc {
     int called, cancelled;
 } GateFunc;
@@ -1895,6 +1934,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/gate/hold", test_gate_hold);
     g_test_add_func("/kvmi/gate/cancel", test_gate_cancel);
     g_test_add_func("/kvmi/gate/moot", test_gate_moot);
+    g_test_add_func("/kvmi/gate/order", test_gate_order);
     g_test_add_func("/kvmi/gate/run", test_gate_run);
     g_test_add_func("/kvmi/gate/remove", test_gate_remove);
     g_test_add_func("/kvmi/object/errors", test_object_errors);
