@@ -20,6 +20,7 @@
 #include "io/channel-socket.h"
 #include "migration/misc.h"
 #include "migration/vmstate.h"
+#include "monitor/monitor.h"
 #include "qapi/error.h"
 #include "qapi/qapi-commands-kvmi.h"
 #include "qapi/qobject-input-visitor.h"
@@ -28,6 +29,7 @@
 #include "qemu/config-file.h"
 #include "qemu/coroutine.h"
 #include "qemu/cutils.h"
+#include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
@@ -236,6 +238,24 @@ bool migration_in_incoming_postcopy(void)
 const char *qemu_name = "the guest";
 QemuUUID qemu_uuid;
 
+/* What QEMU says on its standard error */
+static GString *said;
+
+int error_vprintf(const char *fmt, va_list ap)
+{
+    va_list again;
+
+    va_copy(again, ap);
+    g_string_append_vprintf(said, fmt, again);
+    va_end(again);
+    return vfprintf(stderr, fmt, ap);
+}
+
+int error_vprintf_unless_qmp(const char *fmt, va_list ap)
+{
+    return error_vprintf(fmt, ap);
+}
+
 /*
  * The handshake
  */
@@ -327,6 +347,22 @@ static void test_answer_hostile(void)
         feed(&reader, buf, sizeof(buf), SIZE_MAX, &err);
         error_free_or_abort(&err);
     }
+}
+
+static void test_answer_too_much(void)
+{
+    uint8_t buf[KVMI_ANSWER_LEN + 1] = { };
+    KvmiAnswerReader reader;
+    Error *err = NULL;
+
+    stl_he_p(buf, KVMI_ANSWER_LEN);
+    kvmi_answer_start(&reader);
+    g_assert_false(kvmi_answer_feed(&reader, buf, 5, &err));
+    error_free_or_abort(&err);
+    kvmi_answer_start(&reader);
+    g_assert_true(kvmi_answer_feed(&reader, buf, 4, &error_abort));
+    g_assert_false(kvmi_answer_feed(&reader, buf + 4, 21, &err));
+    error_free_or_abort(&err);
 }
 
 static void test_cookie(void)
@@ -1061,6 +1097,7 @@ static void setup(void)
     fake_kvm.fd = -1;
     kvm_allowed = true;
     vm_running = true;
+    g_string_truncate(said, 0);
 
     tmpdir = g_dir_make_tmp("test-kvmi-XXXXXX", NULL);
     sock_path = g_strdup_printf("%s/tool", tmpdir);
@@ -1608,6 +1645,64 @@ static void test_object_handshake(void)
     teardown();
 }
 
+static void enter_bh(void *opaque)
+{
+    g_assert_true(stop_gate_enter(opaque, STOP_ACTION_STOP));
+}
+
+/* The answer arrives in the same turn of the main loop as a stop */
+static void test_object_handshake_stopped(void)
+{
+    KvmiAnswer answer = { .struct_size = KVMI_ANSWER_LEN };
+    TestWaiter w = new_waiter();
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_accept();
+    until(state() == KVMI_STATE_HANDSHAKE);
+    run_events();
+    tool_send(fd, &answer, KVMI_ANSWER_LEN);
+    aio_bh_schedule_oneshot(iohandler_get_aio_context(), enter_bh, &w.waiter);
+    main_loop_wait(true);
+    g_assert_cmpint(state(), ==, KVMI_STATE_CONNECTING);
+    run_events();
+    g_assert_cmpint(fake_kvm.hooks, ==, 0);
+    close(fd);
+    close(tool_connect());
+    until(fake_kvm.fd == -1);
+    object_unparent(obj);
+    teardown();
+}
+
+/* Another error each time does not fill QEMU's log */
+static void test_object_reports(void)
+{
+    Object *obj;
+    uint32_t i;
+    int fd, n = 0;
+    char *line;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    for (i = 0; i < 15; i++) {
+        g_autofree char *text = g_strdup_printf(" %" PRIu32 " bytes", i);
+
+        fd = tool_accept();
+        tool_send(fd, &i, sizeof(i));
+        until(tool_sees_eof(fd));
+        close(fd);
+        check_error(text);
+    }
+    for (line = said->str; (line = strstr(line, "claims")); line++) {
+        n++;
+    }
+    g_assert_cmpint(n, ==, 10);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_hmac(void)
 {
     Object *obj, *secret;
@@ -1920,10 +2015,12 @@ int main(int argc, char **argv)
     qcrypto_init(&error_abort);
     socket_init();
 
+    said = g_string_new(NULL);
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/kvmi/handshake/hello", test_hello);
     g_test_add_func("/kvmi/handshake/answer", test_answer);
     g_test_add_func("/kvmi/handshake/answer-hostile", test_answer_hostile);
+    g_test_add_func("/kvmi/handshake/answer-too-much", test_answer_too_much);
     g_test_add_func("/kvmi/handshake/cookie", test_cookie);
     g_test_add_func("/kvmi/handshake/hmac", test_hmac);
     g_test_add_func("/kvmi/allowed", test_allowed);
@@ -1949,6 +2046,9 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
     g_test_add_func("/kvmi/object/incoming-postcopy", test_object_incoming_postcopy);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);
+    g_test_add_func("/kvmi/object/handshake-stopped",
+                    test_object_handshake_stopped);
+    g_test_add_func("/kvmi/object/reports", test_object_reports);
     g_test_add_func("/kvmi/object/hmac", test_object_hmac);
     g_test_add_func("/kvmi/object/unhook", test_object_unhook);
     g_test_add_func("/kvmi/object/status", test_object_status);

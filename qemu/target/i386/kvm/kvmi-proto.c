@@ -109,7 +109,10 @@ size_t kvmi_answer_wanted(const KvmiAnswerReader *reader)
 bool kvmi_answer_feed(KvmiAnswerReader *reader, const void *buf, size_t len,
                       Error **errp)
 {
-    assert(len <= kvmi_answer_wanted(reader));
+    if (len > kvmi_answer_wanted(reader)) {
+        error_setg(errp, "more of the tool's answer was read than it has");
+        return false;
+    }
 
     /* What we don't know is read and ignored */
     if (reader->received < sizeof(reader->answer)) {

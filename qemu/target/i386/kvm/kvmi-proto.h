@@ -84,7 +84,7 @@ void kvmi_answer_start(KvmiAnswerReader *reader);
  */
 size_t kvmi_answer_wanted(const KvmiAnswerReader *reader);
 
-/* @len is at most what was wanted.  False: not an answer. */
+/* False: not an answer, or more of it than was wanted */
 bool kvmi_answer_feed(KvmiAnswerReader *reader, const void *buf, size_t len,
                       Error **errp);
 

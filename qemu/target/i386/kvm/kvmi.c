@@ -119,6 +119,8 @@ struct KVMIObject {
     KvmiUnhook last_unhook;
     bool untold;                /* no event has told of last_unhook yet */
     char *last_error;
+    int64_t reports_since_us;   /* kvmi_report() */
+    unsigned int reports;
 };
 
 static QemuMutex kvmi_lock;
@@ -239,11 +241,17 @@ static void kvmi_set_state(KVMIObject *s, KvmiState state)
     qapi_event_send_kvmi_state_changed(s->id, state);
 }
 
-/* Remember why there is no session, and say it, but not again and again */
+#define KVMI_REPORTS_PER_MINUTE 10
+
+/*
+ * Remember why there is no session, and say it, but not again and again: not
+ * either if it is something else each time
+ */
 static void kvmi_report(KVMIObject *s, Error *err)
 {
     const char *text = error_get_pretty(err);
     bool news = g_strcmp0(s->last_error, text);
+    int64_t now = g_get_monotonic_time();
 
     trace_kvmi_error(s->id, text);
     if (news) {
@@ -251,6 +259,13 @@ static void kvmi_report(KVMIObject *s, Error *err)
             g_free(s->last_error);
             s->last_error = g_strdup(text);
         }
+        if (now - s->reports_since_us >= 60 * G_USEC_PER_SEC) {
+            s->reports_since_us = now;
+            s->reports = 0;
+        }
+    }
+    if (news && s->reports < KVMI_REPORTS_PER_MINUTE) {
+        s->reports++;
         warn_reportf_err(err, "kvmi: ");
     } else {
         error_free(err);
@@ -603,7 +618,10 @@ static void kvmi_read(void *opaque, const uint8_t *buf, int size)
     KVMIObject *s = opaque;
     Error *err = NULL;
 
-    assert(s->state == KVMI_STATE_HANDSHAKE);
+    if (s->state != KVMI_STATE_HANDSHAKE || !s->sioc) {
+        /* The handshake was stopped after the chardev had asked how much */
+        return;
+    }
     if (!kvmi_answer_feed(&s->reader, buf, size, &err)) {
         kvmi_fail(s, err);
     } else if (!kvmi_answer_wanted(&s->reader)) {
