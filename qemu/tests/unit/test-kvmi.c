@@ -1880,6 +1880,51 @@ static void test_object_status(void)
     teardown();
 }
 
+/* Who hangs up when asked to leave hasn't always left in order */
+static void test_object_disorder(void)
+{
+    static const struct {
+        uint32_t reason;
+        uint64_t restored;
+        KvmiOutcome outcome;
+    } ends[] = {
+        { KVM_INTROSPECTION_END_CLOSED, 0, KVMI_OUTCOME_CLEAN },
+        { KVM_INTROSPECTION_END_CLOSED, 1, KVMI_OUTCOME_DISCONNECTED },
+        { KVM_INTROSPECTION_END_PROTOCOL, 0, KVMI_OUTCOME_DISCONNECTED },
+        { KVM_INTROSPECTION_END_UNREAD, 0, KVMI_OUTCOME_DISCONNECTED },
+        /* QEMU was faster than KVM to see it */
+        { KVM_INTROSPECTION_END_UNHOOK, 0, KVMI_OUTCOME_CLEAN },
+        { KVM_INTROSPECTION_END_UNHOOK, 2, KVMI_OUTCOME_DISCONNECTED },
+    };
+    Object *obj;
+    int fd, i;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fake_kvm.has_status = true;
+    for (i = 0; i < ARRAY_SIZE(ends); i++) {
+        TestWaiter w = new_waiter();
+        KvmiInfo *info;
+
+        fake_kvm.status.reason = ends[i].reason;
+        fake_kvm.status.restored = ends[i].restored;
+        fd = tool_connect();
+        g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
+        close(fd);
+        until(w.called);
+        check_unhook(KVMI_ACTION_STOP, ends[i].outcome);
+        /* Complete before the events */
+        info = query();
+        g_assert_true(info->last_unhook->has_reason);
+        g_assert_cmpuint(info->last_unhook->restored, ==, ends[i].restored);
+        g_assert_cmpuint(info->unhooks->clean + info->unhooks->disconnected,
+                         ==, i + 1);
+        qapi_free_KvmiInfo(info);
+    }
+    object_unparent(obj);
+    teardown();
+}
+
 /* The old name and spellings */
 static void test_object_introspection(void)
 {
@@ -2052,6 +2097,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/hmac", test_object_hmac);
     g_test_add_func("/kvmi/object/unhook", test_object_unhook);
     g_test_add_func("/kvmi/object/status", test_object_status);
+    g_test_add_func("/kvmi/object/disorder", test_object_disorder);
     g_test_add_func("/kvmi/object/introspection", test_object_introspection);
     g_test_add_func("/kvmi/object/delete", test_object_delete);
     g_test_add_func("/kvmi/object/fds", test_object_fds);

@@ -116,6 +116,7 @@ struct KVMIObject {
     /* What query-kvmi tells */
     uint64_t sessions;
     uint64_t unhooks[KVMI_OUTCOME__MAX];
+    bool has_last_unhook;
     KvmiUnhook last_unhook;
     bool untold;                /* no event has told of last_unhook yet */
     char *last_error;
@@ -206,12 +207,11 @@ static void kvmi_drop_connection(KVMIObject *s)
 }
 
 /*
- * What comes after an UNHOOK but need not make a stop any longer: what has
- * become of the session, and the connection's end
+ * What comes after an UNHOOK but need not make a stop any longer: the events,
+ * and the connection's end
  */
 static void kvmi_tell_unhooked(KVMIObject *s)
 {
-    struct kvm_introspection_status status = { };
     KvmiUnhook *unhook = &s->last_unhook;
 
     if (!s->untold) {
@@ -220,13 +220,6 @@ static void kvmi_tell_unhooked(KVMIObject *s)
     s->untold = false;
 
     kvmi_drop_connection(s);
-    if (kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status) == 0) {
-        QEMU_LOCK_GUARD(&kvmi_lock);
-        unhook->has_restored = true;
-        unhook->restored = status.restored;
-        unhook->has_reason = true;
-        unhook->reason = kvmi_reason(status.reason);
-    }
     qapi_event_send_kvmi_state_changed(s->id, KVMI_STATE_UNHOOKED);
     qapi_event_send_kvmi_unhooked(s->id, unhook->action, unhook->outcome,
                                   unhook->duration, unhook->has_restored,
@@ -369,23 +362,45 @@ static void kvmi_begin(KVMIObject *s, KvmiAction action)
     s->begin_us = g_get_monotonic_time();
 }
 
+/*
+ * Did a tool that hung up when it was asked to leave do it in order?  UNHOOK as
+ * the reason is a close that QEMU has seen before KVM.
+ */
+static bool kvmi_left_in_order(const KvmiUnhook *unhook)
+{
+    return !unhook->restored &&
+           (!unhook->has_reason || unhook->reason == KVMI_REASON_CLOSED ||
+            unhook->reason == KVMI_REASON_UNHOOK);
+}
+
 /* KVM lets go of the guest.  Every session ends here. */
 static void kvmi_unhook(KVMIObject *s, KvmiOutcome outcome)
 {
     bool waited = s->state == KVMI_STATE_UNHOOKING;
     KvmiUnhook unhook = { .action = s->action, .outcome = outcome };
+    struct kvm_introspection_status status = { };
     int ret;
 
     timer_del(s->deadline);
     ret = kvmi_ioctl(s, KVM_INTROSPECTION_UNHOOK, NULL);
     unhook.duration = g_get_monotonic_time() - s->begin_us;
     trace_kvmi_unhook(s->id, ret);
+    if (kvmi_ioctl(s, KVM_INTROSPECTION_STATUS, &status) == 0) {
+        unhook.has_restored = true;
+        unhook.restored = status.restored;
+        unhook.has_reason = true;
+        unhook.reason = kvmi_reason(status.reason);
+    }
+    if (outcome == KVMI_OUTCOME_CLEAN && !kvmi_left_in_order(&unhook)) {
+        unhook.outcome = KVMI_OUTCOME_DISCONNECTED;
+    }
     WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
-        s->unhooks[outcome]++;
+        s->unhooks[unhook.outcome]++;
         s->last_unhook = unhook;
+        s->has_last_unhook = true;
     }
     trace_kvmi_gate_end(s->id, KvmiAction_str(unhook.action),
-                        KvmiOutcome_str(outcome), unhook.duration);
+                        KvmiOutcome_str(unhook.outcome), unhook.duration);
 
     kvmi_change_state(s, KVMI_STATE_UNHOOKED);
     s->untold = true;
@@ -1414,7 +1429,7 @@ KvmiInfo *qmp_query_kvmi(Error **errp)
     info->unhooks->forced = s->unhooks[KVMI_OUTCOME_FORCED];
     info->unhooks->not_subscribed = s->unhooks[KVMI_OUTCOME_NOT_SUBSCRIBED];
     info->unhooks->disconnected = s->unhooks[KVMI_OUTCOME_DISCONNECTED];
-    if (s->unhooks[s->last_unhook.outcome]) {
+    if (s->has_last_unhook) {
         info->last_unhook = QAPI_CLONE(KvmiUnhook, &s->last_unhook);
     }
     info->last_error = g_strdup(s->last_error);
