@@ -57,6 +57,7 @@ static struct {
     int off_errno;          /* what UNHOOK says if there is no KVMI */
     int hook_errno;
     int preunhook_errno;
+    int refused_command;    /* if not 0 */
     int fd;                 /* the tool's socket, while hooked */
     uint64_t commands, events;
     int hooks, preunhooks, unhooks;
@@ -93,6 +94,11 @@ int kvmi_kvm_ioctl(unsigned long request, void *arg)
         fake_kvm.hooks++;
         return 0;
     case KVM_INTROSPECTION_COMMAND:
+        if (fake_kvm.refused_command &&
+            ((struct kvm_introspection_feature *)arg)->id ==
+            fake_kvm.refused_command) {
+            return -EINVAL;
+        }
         fake_allow(&fake_kvm.commands, arg);
         return 0;
     case KVM_INTROSPECTION_EVENT:
@@ -1291,6 +1297,35 @@ static void test_object_allowed(void)
     teardown();
 }
 
+/* The name of what KVM doesn't know */
+static void test_object_refused(void)
+{
+    KvmiAnswer answer = { .struct_size = KVMI_ANSWER_LEN };
+    Object *obj;
+    QDict *props;
+    Visitor *v;
+    int fd;
+
+    setup();
+    fake_kvm.refused_command = KVMI_VM_CONTROL_EVENTS;
+    props = qdict_from_jsonf_nofail("{ 'chardev': 'chr',"
+                                    "  'commands': [ '8', '10', '12' ] }");
+    v = qobject_input_visitor_new(QOBJECT(props));
+    obj = user_creatable_add_type("kvmi", "k", props, v, &error_abort);
+    object_unref(obj);
+    visit_free(v);
+    qobject_unref(props);
+
+    fd = tool_accept();
+    tool_send(fd, &answer, KVMI_ANSWER_LEN);
+    until(tool_sees_eof(fd));
+    close(fd);
+    check_error("command 10");
+    g_assert_cmpint(fake_kvm.fd, ==, -1);
+    object_unparent(obj);
+    teardown();
+}
+
 static void test_object_slow(void)
 {
     TestWaiter w = new_waiter();
@@ -1306,6 +1341,7 @@ static void test_object_slow(void)
     g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_STOP));
     until(w.called);
     check_unhook(KVMI_ACTION_STOP, KVMI_OUTCOME_FORCED);
+    g_assert_nonnull(strstr(said->str, "within 50 ms"));
     until(tool_sees_eof(fd));
     close(fd);
 
@@ -1816,6 +1852,7 @@ static void test_object_unhook(void)
     qmp_kvmi_unhook(true, 50, &error_abort);
     until(state() == KVMI_STATE_UNHOOKED);
     check_unhook(KVMI_ACTION_UNHOOK, KVMI_OUTCOME_FORCED);
+    g_assert_nonnull(strstr(said->str, "within 50 ms"));
     close(fd);
     qmp_kvmi_hook(&error_abort);
 
@@ -1825,9 +1862,10 @@ static void test_object_unhook(void)
     qmp_kvmi_unhook(true, 60000, &error_abort);
     run_events();
     g_assert_cmpint(w.called, ==, 0);
-    qmp_kvmi_unhook(true, 50, &error_abort);
+    qmp_kvmi_unhook(true, 60, &error_abort);
     until(w.called);
     check_unhook(KVMI_ACTION_STOP, KVMI_OUTCOME_FORCED);
+    g_assert_nonnull(strstr(said->str, "within 60 ms"));
     close(fd);
     qmp_kvmi_hook(&error_abort);
     fd = tool_connect();
@@ -2082,6 +2120,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/errors", test_object_errors);
     g_test_add_func("/kvmi/object/session", test_object_session);
     g_test_add_func("/kvmi/object/allowed", test_object_allowed);
+    g_test_add_func("/kvmi/object/refused", test_object_refused);
     g_test_add_func("/kvmi/object/slow", test_object_slow);
     g_test_add_func("/kvmi/object/silence", test_object_silence);
     g_test_add_func("/kvmi/object/cut", test_object_cut);

@@ -94,6 +94,7 @@ struct KVMIObject {
     KvmiState state;
     int64_t since_us;
     QEMUTimer *deadline;        /* of the handshake or of the tool's leaving */
+    uint32_t deadline_ms;       /* what it was set to */
     QEMUTimer *silence;         /* while hooked: does the tool hang? */
     QEMUTimer *postcopy;        /* until all of the memory has come */
     QEMUBH *bh;
@@ -267,6 +268,7 @@ static void kvmi_report(KVMIObject *s, Error *err)
 
 static void kvmi_set_deadline(KVMIObject *s, uint32_t ms)
 {
+    s->deadline_ms = ms;
     timer_mod(s->deadline, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
 }
 
@@ -284,7 +286,7 @@ static bool kvmi_hung_up(KVMIObject *s)
 /*
  * Is there KVM introspection?  Returns its version, or 0.
  */
-static uint32_t kvmi_version(KVMIObject *s, Error **errp)
+static uint32_t kvmi_version(Error **errp)
 {
     int version;
 
@@ -297,7 +299,7 @@ static uint32_t kvmi_version(KVMIObject *s, Error **errp)
     if (version > 0) {
         return version;
     }
-    if (kvmi_ioctl(s, KVM_INTROSPECTION_UNHOOK, NULL) == -EPERM) {
+    if (kvmi_kvm_ioctl(KVM_INTROSPECTION_UNHOOK, NULL) == -EPERM) {
         error_setg(errp, "introspection is turned off in the host's KVM: load"
                    " the module kvm with introspection=1, or boot with"
                    " kvm.introspection=1");
@@ -312,13 +314,14 @@ static bool kvmi_allow(KVMIObject *s, unsigned long request,
                        const KvmiAllowed *allowed, Error **errp)
 {
     struct kvm_introspection_feature feature = { .allow = 1, .id = -1 };
-    int ret = 0;
+    int id, ret = 0;
 
     if (allowed->all) {
         ret = kvmi_ioctl(s, request, &feature);
     } else {
-        for (feature.id = 0; feature.id < 64 && !ret; feature.id++) {
-            if (allowed->ids & (1ULL << feature.id)) {
+        for (id = 0; id < 64 && !ret; id++) {
+            if (allowed->ids & (1ULL << id)) {
+                feature.id = id;
                 ret = kvmi_ioctl(s, request, &feature);
             }
         }
@@ -583,8 +586,12 @@ static void kvmi_finish_handshake(KVMIObject *s)
 /* Look for a session if the guest runs and goes on running. */
 static void kvmi_update(KVMIObject *s)
 {
-    bool wanted = s->complete && !s->deleting && !s->detached &&
-                  runstate_is_running() && !stop_gate_closed();
+    bool wanted = s->complete && !s->deleting && runstate_is_running() &&
+                  !stop_gate_closed();
+
+    WITH_QEMU_LOCK_GUARD(&kvmi_lock) {
+        wanted = wanted && !s->detached;
+    }
 
     /*
      * Whoever reads memory for the tool may have to wait until it has come,
@@ -744,12 +751,13 @@ static void kvmi_deadline(void *opaque)
     switch (s->state) {
     case KVMI_STATE_HANDSHAKE:
         error_setg(&err, "the tool did not answer the handshake within"
-                   " %" PRIu32 " ms", s->handshake_timeout_ms);
+                   " %" PRIu32 " ms (handshake-timeout-ms)", s->deadline_ms);
         kvmi_fail(s, err);
         break;
     case KVMI_STATE_UNHOOKING:
         warn_report("kvmi: the tool did not leave the guest within %" PRIu32
-                    " ms (unhook-timeout-ms): cut off", s->unhook_timeout_ms);
+                    " ms (unhook-timeout-ms, or what kvmi-unhook asked for):"
+                    " cut off", s->deadline_ms);
         kvmi_unhook(s, KVMI_OUTCOME_FORCED);
         break;
     default:
@@ -822,9 +830,9 @@ static void kvmi_obey(KVMIObject *s)
         /* It is being waited for: cut that short */
         if (!has_ms || !ms) {
             kvmi_unhook(s, KVMI_OUTCOME_FORCED);
-        } else {
-            timer_mod_anticipate(s->deadline,
-                qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
+        } else if (qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms <
+                   timer_expire_time_ns(s->deadline) / SCALE_MS) {
+            kvmi_set_deadline(s, ms);
         }
         break;
     default:
@@ -959,7 +967,7 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
         return;
     }
 
-    s->version = kvmi_version(s, errp);
+    s->version = kvmi_version(errp);
     if (!s->version) {
         return;
     }
