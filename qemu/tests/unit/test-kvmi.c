@@ -145,6 +145,14 @@ bool runstate_is_running(void)
     return vm_running;
 }
 
+static bool inmigrate;
+
+bool runstate_check(RunState state)
+{
+    g_assert_cmpint(state, ==, RUN_STATE_INMIGRATE);
+    return inmigrate;
+}
+
 int vm_stop(RunState state)
 {
     if (vm_running) {
@@ -226,6 +234,29 @@ bool e820_get_entry(int index, uint32_t type, uint64_t *address,
 
 /* The object's state is never really saved here */
 const VMStateInfo vmstate_info_int64 = { .name = "int64" };
+
+static int vmstates;
+
+int vmstate_register_with_alias_id(VMStateIf *obj, uint32_t instance_id,
+                                   const VMStateDescription *vmsd, void *base,
+                                   int alias_id, int required_for_version,
+                                   Error **errp)
+{
+    g_assert_cmpstr(vmsd->name, ==, "kvmi");
+    vmstates++;
+    return 0;
+}
+
+void vmstate_unregister(VMStateIf *obj, const VMStateDescription *vmsd,
+                        void *opaque)
+{
+    vmstates--;
+}
+
+bool vmstate_check_only_migratable(const VMStateDescription *vmsd)
+{
+    return true;
+}
 
 static bool migrating;
 
@@ -1126,6 +1157,7 @@ static void teardown(void)
     g_assert_false(stop_gate_closed());
     g_assert_null(vm_handler);
     g_assert_null(vm_reset_handler);
+    g_assert_cmpint(vmstates, ==, 0);
 
     /* Nobody uses it any more */
     del_chardev(chr);
@@ -1546,6 +1578,7 @@ static void test_object_migrate(void)
     setup();
     obj = add_object("k", &error_abort, "chardev", "chr",
                      "migrate-start-time", "on", NULL);
+    g_assert_cmpint(vmstates, ==, 1);
     fd = tool_connect();
     g_assert_false(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
     close(fd);
@@ -1581,7 +1614,19 @@ static void test_object_migrate(void)
     migrating = true;
     g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
     migrating = false;
+    inmigrate = true;
+    g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    inmigrate = false;
     g_assert_true(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    object_unparent(obj);
+    g_assert_cmpint(vmstates, ==, 0);
+
+    /* Without the start time there is nothing of it in the stream */
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    g_assert_cmpint(vmstates, ==, 0);
+    migrating = inmigrate = true;
+    g_assert_true(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    migrating = inmigrate = false;
     object_unparent(obj);
     teardown();
 }
@@ -2009,6 +2054,7 @@ static void test_object_introspection(void)
 static void test_object_delete(void)
 {
     TestWaiter w = new_waiter();
+    Error *err = NULL;
     Object *obj;
     int fd;
 
@@ -2018,6 +2064,12 @@ static void test_object_delete(void)
     obj = add_object("k", &error_abort, "chardev", "chr", NULL);
     fd = tool_connect();
     object_unparent(obj);
+    g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKING);
+    /* Not one that can't be */
+    add_object("k", &err, "chardev", "nosuch", NULL);
+    error_free_or_abort(&err);
+    add_object("k", &err, "chardev", "chr", "key", "nosuch", NULL);
+    error_free_or_abort(&err);
     g_assert_cmpint(state(), ==, KVMI_STATE_UNHOOKING);
     obj = add_object("k", &error_abort, "chardev", "chr", NULL);
     g_assert_cmpint(fake_kvm.unhooks, ==, 1);

@@ -957,12 +957,7 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
         error_setg(errp, QERR_MISSING_PARAMETER, "chardev");
         return;
     }
-    if (the_kvmi && the_kvmi->deleting) {
-        /* It has waited long enough for its tool */
-        kvmi_cut_off(the_kvmi, KVMI_ACTION_OBJECT_DEL);
-        kvmi_finish_deletion(the_kvmi);
-    }
-    if (the_kvmi) {
+    if (the_kvmi && !the_kvmi->deleting) {
         error_setg(errp, "there is already a kvmi object, '%s'", the_kvmi->id);
         return;
     }
@@ -992,6 +987,11 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
         error_setg(errp, "can't add a kvmi object with migrate-start-time=on"
                    " during a migration: wait for its end");
         return;
+    }
+    if (the_kvmi) {
+        /* It has waited long enough for its tool, and may have the chardev */
+        kvmi_cut_off(the_kvmi, KVMI_ACTION_OBJECT_DEL);
+        kvmi_finish_deletion(the_kvmi);
     }
     if (!qemu_chr_fe_init(&s->chr, chr, errp)) {
         return;
@@ -1030,10 +1030,11 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
                              NULL, s, NULL, true);
 }
 
-/* Migration goes through what is registered, without a lock */
+/* Migration, in either direction, uses what is registered without a lock */
 static bool kvmi_can_be_deleted(UserCreatable *uc)
 {
-    return !KVMI(uc)->migrate_start_time || !migration_is_running();
+    return !KVMI(uc)->migrate_start_time ||
+           !(migration_is_running() || runstate_check(RUN_STATE_INMIGRATE));
 }
 
 /*
