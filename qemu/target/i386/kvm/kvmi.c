@@ -917,11 +917,21 @@ static const VMStateDescription vmstate_kvmi = {
  * The object
  */
 
+/* Nothing of a key stays in the heap */
+static void kvmi_forget(uint8_t *key, size_t len)
+{
+    if (key) {
+        explicit_bzero(key, len);
+        g_free(key);
+    }
+}
+
 static bool kvmi_load_key(KVMIObject *s, Error **errp)
 {
-    g_autofree uint8_t *cookie = NULL;
     g_autofree uint8_t *hash = NULL;
     size_t cookie_len, hash_len;
+    uint8_t *cookie;
+    int ret;
 
     if (!s->key) {
         if (s->auth == KVMI_AUTH_HMAC) {
@@ -935,12 +945,14 @@ static bool kvmi_load_key(KVMIObject *s, Error **errp)
         return false;
     }
     if (s->auth == KVMI_AUTH_HMAC) {
-        s->secret = g_steal_pointer(&cookie);
+        s->secret = cookie;
         s->secret_len = cookie_len;
         return true;
     }
-    if (qcrypto_hash_bytes(QCRYPTO_HASH_ALGO_SHA1, (char *)cookie, cookie_len,
-                           &hash, &hash_len, errp) < 0) {
+    ret = qcrypto_hash_bytes(QCRYPTO_HASH_ALGO_SHA1, (char *)cookie, cookie_len,
+                             &hash, &hash_len, errp);
+    kvmi_forget(cookie, cookie_len);
+    if (ret < 0) {
         return false;
     }
     assert(hash_len == KVMI_COOKIE_LEN);
@@ -1091,7 +1103,7 @@ static void kvmi_finalize(Object *obj)
     }
     g_free(s->chardev);
     g_free(s->key);
-    g_free(s->secret);
+    kvmi_forget(s->secret, s->secret_len);
     g_free(s->id);
     g_free(s->peer);
     g_free(s->last_error);
