@@ -14,6 +14,7 @@
 #include <linux/kvm.h>
 #include <linux/kvmi.h>
 #include "chardev/char.h"
+#include "chardev/char-socket.h"
 #include "crypto/hash.h"
 #include "crypto/init.h"
 #include "hw/i386/e820_memory_layout.h"
@@ -1143,7 +1144,7 @@ static void setup(void)
     g_assert_cmpint(bind(listen_fd, (void *)&addr, sizeof(addr)), ==, 0);
     g_assert_cmpint(listen(listen_fd, 5), ==, 0);
 
-    spec = g_strdup_printf("unix:%s,reconnect-ms=20", sock_path);
+    spec = g_strdup_printf("unix:%s,reconnect-ms=5", sock_path);
     chr = qemu_chr_new("chr", spec, NULL);
     g_assert_nonnull(chr);
 }
@@ -1176,8 +1177,20 @@ static void test_object_errors(void)
         { "null", "not a socket" },
         { "tcp:127.0.0.1:1,reconnect-ms=1000", "neither a unix" },
         { "unix:%s,reconnect-ms=1000,telnet=on", "not a plain" },
+        { "unix:%s.server,server=on,wait=off,websocket=on", "not a plain" },
         { "unix:%s.server,server=on,wait=off", "is a server" },
+        { "unix:%s", "doesn't reconnect" },
     };
+    static const struct {
+        const char *opts, *part;
+    } vsocks[] = {
+        { "socket,id=bad,cid=2,reconnect-ms=1", "no port" },
+        { "socket,id=bad,cid=2,port=1,path=x,reconnect-ms=1", "'cid'" },
+        { "socket,id=bad,cid=2,port=1,host=x,reconnect-ms=1", "'cid'" },
+    };
+    g_autofree char *spec = NULL;
+    Chardev *other;
+    QemuOpts *opts;
     Error *err = NULL;
     Object *obj;
     int i;
@@ -1200,14 +1213,48 @@ static void test_object_errors(void)
     EXPECT("nosuch");
 
     for (i = 0; i < ARRAY_SIZE(chardevs); i++) {
-        g_autofree char *spec = g_strdup_printf(chardevs[i].spec, sock_path);
-        Chardev *other = qemu_chr_new("other", spec, NULL);
+        g_autofree char *name = g_strdup_printf(chardevs[i].spec, sock_path);
 
+        other = qemu_chr_new("other", name, NULL);
         g_assert_nonnull(other);
         add_object("k", &err, "chardev", "other", NULL);
         EXPECT(chardevs[i].part);
         del_chardev(other);
     }
+
+    /* The older spelling of reconnect-ms does, too */
+    spec = g_strdup_printf("unix:%s,reconnect=1", sock_path);
+    other = qemu_chr_new("other", spec, NULL);
+    g_assert_nonnull(other);
+    obj = add_object("k", &error_abort, "chardev", "other", NULL);
+    object_unparent(obj);
+    del_chardev(other);
+
+    /* vsock on the command line; nobody need be there */
+    opts = qemu_opts_parse_noisily(&qemu_chardev_opts, "socket,id=vs,cid=2,"
+                                   "port=4050,reconnect-ms=1000", true);
+    other = qemu_chr_new_from_opts(opts, NULL, &error_abort);
+    qemu_opts_del(opts);
+    g_assert_cmpint(SOCKET_CHARDEV(other)->addr->type, ==,
+                    SOCKET_ADDRESS_TYPE_VSOCK);
+    g_assert_cmpstr(SOCKET_CHARDEV(other)->addr->u.vsock.cid, ==, "2");
+    g_assert_cmpstr(SOCKET_CHARDEV(other)->addr->u.vsock.port, ==, "4050");
+    obj = add_object("k", &error_abort, "chardev", "vs", NULL);
+    object_unparent(obj);
+    del_chardev(other);
+    for (i = 0; i < ARRAY_SIZE(vsocks); i++) {
+        opts = qemu_opts_parse_noisily(&qemu_chardev_opts, vsocks[i].opts,
+                                       true);
+        g_assert_null(qemu_chr_new_from_opts(opts, NULL, &err));
+        qemu_opts_del(opts);
+        EXPECT(vsocks[i].part);
+    }
+
+    /* As made with TLS, which this QEMU may be built without */
+    SOCKET_CHARDEV(chr)->tls_creds = (QCryptoTLSCreds *)chr;
+    add_object("k", &err, "chardev", "chr", NULL);
+    EXPECT("not a plain");
+    SOCKET_CHARDEV(chr)->tls_creds = NULL;
 
     kvm_allowed = false;
     add_object("k", &err, "chardev", "chr", NULL);
