@@ -390,6 +390,8 @@ def go_through(g, way_class):
         ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"] if way_class is not Quit else []
         assert len(ends) == (step != "in_handshake") or way_class is Quit, ends
         outcome = ends[0]["outcome"] if ends else "–"
+        if step in WHEN_ASKED:
+            assert outcome == ("forced" if fault == "hung" else "disconnected"), ends
         slowest = f"{max(pulse.ms):.0f}" if pulse.ms else "–"
         print("MATRIX\t" + "\t".join((way.name, step.replace("_", " "), fault, outcome, f"{took:.0f}", slowest)), flush=True)
 

@@ -101,8 +101,8 @@ class Slow(Hung):
 
 
 class Killed(Hung):
-    """Dies while it is waited for"""
-    name, outcome = "killed", "clean"
+    """Dies while it is waited for: what it has planted, KVM takes out"""
+    name, outcome = "killed", "disconnected"
     least, most = 0, DEADLINE / 1000 - 0.1
 
     def during(self, mark):
