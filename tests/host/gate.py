@@ -601,6 +601,27 @@ class Debugger(Way):
         self.sock.close()
 
 
+@scenario()
+def gate_gdb_interrupts(g):
+    """What a debugger sends in one piece with its ^C is for the stopped guest, too: it is answered when the tool was waited for."""
+    g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=DEADLINE)
+    gdb = Debugger(g, None)
+    gdb.begin()
+    wait_until(gdb.done, 10, "gdb's stop")
+    gdb.sock.sendall(b"+$c#63")
+    wait_until(lambda: g.qmp.execute("query-status")["running"], 10, "the guest to run on")
+    with Hung(g) as tool:
+        mark = g.qmp.mark()
+        gdb.sock.sendall(b"\x03$qAttached#8f")
+        tool.unhooking(mark)
+        gdb.got = b""
+        wait_until(lambda: gdb.done() and b"+$1#31" in gdb.got, 20, f"the answers to ^C and to what came with it: {gdb.got}")
+        expect("forced", g.qmp.event("KVMI_UNHOOKED", since=mark, action="debug")["data"])
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        gdb.after()
+    g.wait_alive()
+
+
 @scenario(timeout=200)
 def gate_stop(g):
     """QMP's stop, with all kinds of tools."""
