@@ -37,7 +37,7 @@ static const StopTransition transitions[STOP_ACTION__MAX] = {
     [STOP_ACTION_LOAD]           = { "load",           STOP_CUT },
     [STOP_ACTION_MIGRATE]        = { "migrate",        STOP_WAIT,
                                      .holds = true },
-    /* First, as else a snapshot would have a guest that waits for it for ever */
+    /* Else a snapshot would have a guest in it that waits for it for ever */
     [STOP_ACTION_SUSPEND]        = { "suspend",        STOP_WAIT,
                                      .first = true,
                                      .moot_by = BIT(STOP_ACTION_LOAD) |

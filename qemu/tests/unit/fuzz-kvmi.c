@@ -11,6 +11,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/util.h"
+#include "qemu/cutils.h"
 #include "target/i386/kvm/kvmi-proto.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -116,7 +117,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 static size_t make_answer(GRand *r, uint8_t *buf)
 {
     static const uint32_t limits[] = {
-        0, 4, KVMI_ANSWER_LEN, sizeof(KvmiAnswer), 4096, KVMI_ANSWER_MAX, INT32_MAX, UINT32_MAX
+        0, 4, KVMI_ANSWER_LEN, sizeof(KvmiAnswer), 4096, KVMI_ANSWER_MAX,
+        INT32_MAX, UINT32_MAX
     };
     uint32_t size = limits[g_rand_int_range(r, 0, ARRAY_SIZE(limits))];
 
@@ -158,12 +160,17 @@ static size_t make_names(GRand *r, KvmiIdSpace space, uint8_t *buf)
 
 int main(int argc, char **argv)
 {
-    uint32_t seed = argc > 1 ? strtoul(argv[1], NULL, 0) : 1;
-    unsigned long rounds = argc > 2 ? strtoul(argv[2], NULL, 0) : 100000;
     g_autofree uint8_t *buf = g_malloc(KVMI_ANSWER_MAX + 64);
-    GRand *r = g_rand_new_with_seed(seed);
-    unsigned long i;
+    unsigned long i, rounds = 100000;
+    unsigned int seed = 1;
+    GRand *r;
 
+    if ((argc > 1 && qemu_strtoui(argv[1], NULL, 0, &seed)) ||
+        (argc > 2 && qemu_strtoul(argv[2], NULL, 0, &rounds))) {
+        fprintf(stderr, "usage: fuzz-kvmi [SEED [ROUNDS]]\n");
+        return 2;
+    }
+    r = g_rand_new_with_seed(seed);
     for (i = 0; i < rounds; i++) {
         g_autofree uint8_t *exact = NULL;
         size_t size, k;

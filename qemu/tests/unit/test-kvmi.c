@@ -2227,7 +2227,8 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
-    g_test_add_func("/kvmi/object/incoming-postcopy", test_object_incoming_postcopy);
+    g_test_add_func("/kvmi/object/incoming-postcopy",
+                    test_object_incoming_postcopy);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);
     g_test_add_func("/kvmi/object/handshake-stopped",
                     test_object_handshake_stopped);
