@@ -148,6 +148,7 @@ struct kvmi_vm {
 	size_t input_end;
 	uint8_t *input;
 	bool drained;		/* there was no more: asking at once is in vain */
+	int64_t receive_ms;	/* SO_RCVTIMEO; 0: not set */
 
 	/* bytes to be sent: output[output_start, output_end) */
 	size_t output_start;

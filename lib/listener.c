@@ -227,8 +227,7 @@ enum kvmi_status kvmi_listener_accept(struct kvmi_listener *listener,
 	*vm = NULL;
 
 	do {
-		fd = accept4(listener->fd, NULL, NULL,
-			     SOCK_CLOEXEC | SOCK_NONBLOCK);
+		fd = accept4(listener->fd, NULL, NULL, SOCK_CLOEXEC);
 	} while (fd < 0 && errno == EINTR);
 	if (fd < 0) {
 		if (errno == EAGAIN || errno == EWOULDBLOCK ||

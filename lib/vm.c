@@ -3,8 +3,9 @@
  * A connection: bytes in, bytes out, answers to their commands, events to
  * the queue.
  *
- * The socket is non-blocking.  Whoever waits for something (vm_pump()) both
- * sends and receives, so that neither side can wait for the other to read.
+ * Whoever waits for something (pump()) both sends and receives, so that neither
+ * side can wait for the other to read.  Nothing blocks in the socket but a recv()
+ * when there is nothing to be sent, with a time limit (wait_input()).
  *
  * Functions without a prefix are called with the lock held; those with vm_ and
  * kvmi_ take it.
@@ -31,6 +32,8 @@
 
 /* How long to wait for room in the socket before looking around */
 #define FOLLOW_MS 10
+/* Shorter waits are left to poll(), which is more exact than recv() */
+#define RECEIVE_MS 100
 
 _Static_assert(sizeof(struct wire_hello) == 104, "handshake");
 _Static_assert(sizeof(struct wire_hello_answer) == 24, "handshake");
@@ -258,7 +261,7 @@ struct kvmi_vm *kvmi_vm_new(int fd, const void *key, size_t key_size,
 		return NULL;
 	}
 	flags = fcntl(fd, F_GETFL);
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) ||
+	if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) ||
 	    fcntl(fd, F_SETFD, FD_CLOEXEC)) {
 		fail_errno(err, errno, "file descriptor %d", fd);
 		return NULL;
@@ -713,8 +716,43 @@ static enum kvmi_status take_messages(struct kvmi_vm *vm,
 	return status;
 }
 
-/* KVMI_ERR_NOTHING if nothing could be received without waiting */
-static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
+/*
+ * recv() that waits, without the lock: one system call where poll() makes two.
+ * The time is set anew only if that in force is too long, or much too short.
+ */
+static ssize_t wait_input(struct kvmi_vm *vm, int64_t ms)
+{
+	size_t place = INPUT_SIZE - vm->input_end;
+	uint8_t *input = vm->input + vm->input_end;
+	ssize_t got;
+	int error;
+
+	if (ms > INT32_MAX)
+		ms = INT32_MAX;
+	if (vm->receive_ms > ms || vm->receive_ms < ms / 2) {
+		struct timeval time = { ms / 1000, ms % 1000 * 1000 };
+
+		if (setsockopt(vm->fd, SOL_SOCKET, SO_RCVTIMEO, &time,
+			       sizeof(time)))
+			return -1;
+		vm->receive_ms = ms;
+	}
+	vm->polling = true;
+	vm_unlock(vm);
+	got = recv(vm->fd, input, place, 0);
+	error = errno;
+	vm_lock(vm);
+	vm->polling = false;
+	/* somebody else has to poll if we don't any more */
+	pthread_cond_broadcast(&vm->changed);
+	errno = error;
+
+	return got;
+}
+
+/* KVMI_ERR_NOTHING if nothing could be received in that time (0: at once) */
+static enum kvmi_status receive_some(struct kvmi_vm *vm, int64_t ms,
+				     struct kvmi_error *err)
 {
 	ssize_t got;
 
@@ -732,10 +770,19 @@ static enum kvmi_status receive_some(struct kvmi_vm *vm, struct kvmi_error *err)
 			      "%d bytes after a handshake that has not been answered",
 			      INPUT_SIZE);
 
-	do {
-		got = recv(vm->fd, vm->input + vm->input_end,
-			   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
-	} while (got < 0 && errno == EINTR);
+	if (ms) {
+		got = wait_input(vm, ms);
+		/* another thread has found out, or ended it */
+		if (vm->state == VM_BROKEN)
+			return copy_broken(vm, err);
+		if (got < 0 && errno == EINTR)
+			return KVMI_ERR_NOTHING;
+	} else {
+		do {
+			got = recv(vm->fd, vm->input + vm->input_end,
+				   INPUT_SIZE - vm->input_end, MSG_DONTWAIT);
+		} while (got < 0 && errno == EINTR);
+	}
 
 	vm->drained = got < (ssize_t)(INPUT_SIZE - vm->input_end);
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
@@ -837,6 +884,15 @@ static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
 			follow(vm, deadline);
 			return flush(vm, err);
 		}
+		if (vm->drained && left >= RECEIVE_MS && !has_output(vm)) {
+			status = receive_some(vm, left, err);
+			if (status != KVMI_ERR_NOTHING)
+				return status;
+			/* a signal, or the time was shorter: poll() for the rest */
+			left = deadline - now_ms();
+			if (vm->polling)
+				continue;
+		}
 		if (vm->drained && left > 0) {
 			vm->drained = false;
 			vm->polling = true;
@@ -849,7 +905,7 @@ static enum kvmi_status pump(struct kvmi_vm *vm, int64_t deadline,
 			if (status != KVMI_OK)
 				return status;
 		}
-		status = receive_some(vm, err);
+		status = receive_some(vm, 0, err);
 		if (status != KVMI_ERR_NOTHING)
 			return status;
 		if (left <= 0)
@@ -1380,7 +1436,7 @@ enum kvmi_status kvmi_vm_process(struct kvmi_vm *vm, struct kvmi_error *err)
 		status = flush(vm, err);
 		if (status == KVMI_OK)
 			status = vm->polling ? leave_to_poller(vm) :
-					       receive_some(vm, err);
+					       receive_some(vm, 0, err);
 	} while (status == KVMI_OK && --rounds);
 	if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
 		status = flush(vm, err);
@@ -1471,23 +1527,19 @@ static enum kvmi_status wait_event(struct kvmi_vm *vm, int ms,
 	int64_t deadline = now_ms() + ms;
 	enum kvmi_status status = KVMI_OK;
 
+	*event = NULL;
 	vm_lock(vm);
-	while (!(*event = next_event(vm))) {
-		if (enough && *enough) {
-			status = KVMI_ERR_TIMEOUT;
-		} else {
-			status = pump(vm, deadline, err);
-			/* what came before the end is there to be taken */
-			if (status == KVMI_OK || vm->first_event ||
-			    (enough && *enough))
-				continue;
-		}
-		if (status == KVMI_ERR_TIMEOUT)
-			status = fail(err, KVMI_ERR_NOTHING, "no event");
-		break;
+	while (!(enough && *enough) && !(*event = next_event(vm))) {
+		status = pump(vm, deadline, err);
+		/* what came before the end is there to be taken */
+		if (status != KVMI_OK && !vm->first_event &&
+		    !(enough && *enough))
+			break;
 	}
 	if (*event)
 		status = KVMI_OK;
+	else if (status == KVMI_ERR_TIMEOUT || (enough && *enough))
+		status = fail(err, KVMI_ERR_NOTHING, "no event");
 	vm_unlock(vm);
 
 	return status;
@@ -1505,21 +1557,18 @@ enum kvmi_status kvmi_vm_wait_event(struct kvmi_vm *vm, int ms,
 				    struct kvmi_vm_event **event,
 				    struct kvmi_error *err)
 {
-	enum kvmi_status status = KVMI_ERR_NOTHING;
+	enum kvmi_status status;
 
 	if (!vm || !event || ms < 0)
 		return fail(err, KVMI_ERR_ARGUMENT,
 			    "no vm, no event or a negative time");
 
-	*event = NULL;
-	if (!vm_tell_unhook(vm)) {
-		status = wait_event(vm, ms, &vm->unhook_due, event, err);
-		if (*event || !vm_tell_unhook(vm))
-			return status;
-	}
+	status = wait_event(vm, ms, &vm->unhook_due, event, err);
+	if (status == KVMI_ERR_NOTHING && vm_tell_unhook(vm))
+		fail(err, status,
+		     "UNHOOK has come, and its function has been called");
 
-	return fail(err, KVMI_ERR_NOTHING,
-		    "UNHOOK has come, and its function has been called");
+	return status;
 }
 
 bool vm_unhook_came(struct kvmi_vm *vm)
