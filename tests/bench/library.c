@@ -347,20 +347,32 @@ static void bench_unhook(unsigned int count)
                             error));
     }
     /* one vCPU that has not started is not waited for */
-    must(kvmi_hooks_attach(hooks, vm, error));
     for (int i = 0; i < n; i++) {
+        must(kvmi_hooks_attach(hooks, vm, error));
         must(kvmi_hooks_plant(hooks, &result, error));
         if (result.in != count || sim.memory[apart] != 0xcc) {
             errx(1, "%zu of %u planted", result.in, count);
         }
+        sim_unhook(&sim);
         all[i] = now_ns(CLOCK_MONOTONIC);
         cpu[i] = now_ns(CLOCK_THREAD_CPUTIME_ID);
+        kvmi_vm_process(vm, NULL);
+        kvmi_hooks_dispatch(hooks);
+        if (!kvmi_hooks_is_asked_to_leave(hooks)) {
+            errx(1, "UNHOOK has not come");
+        }
         must(kvmi_hooks_take_out(hooks, &result, error));
         cpu[i] = now_ns(CLOCK_THREAD_CPUTIME_ID) - cpu[i];
         all[i] = now_ns(CLOCK_MONOTONIC) - all[i];
         if (result.in != count || result.left || sim.memory[apart] != 0x90) {
             errx(1, "%zu of %u taken out", result.in - result.left, count);
         }
+        /* the VM is paused, and goes on */
+        kvmi_hooks_detach(hooks);
+        kvmi_vm_close(vm);
+        sim_stop(&sim);
+        sim_start(&sim, NULL);
+        vm = connect_to(sim.client_fd);
     }
     printf("{\"breakpoints\": %u, \"cpu_ns\": %.1f, \"all_ns\": %.1f}\n", count,
            lower_quartile(cpu, n) / count, lower_quartile(all, n) / count);
