@@ -28,10 +28,13 @@
 #define INT3 0xcc
 #define PAGE_SIZE 4096ULL
 
+/* Tests have less patience */
+#ifndef STOP_TIMEOUT_MS
 /* For all vCPUs to stop or to go on; below QEMU's deadline for unhooking (5 s) */
 #define STOP_TIMEOUT_MS 3000
 /* For one instruction */
 #define STEP_TIMEOUT_MS 3000
+#endif
 /* When taking out took longer, there is no time to have a second look */
 #define VERIFY_UNTIL_MS 2500
 /* Pages that one instruction has freed: more than most can touch */
