@@ -58,6 +58,8 @@ struct kvmi_hook {
 				   still be there */
 	bool retired;		/* taken out for good in this guest */
 	bool going;		/* taken out, to be removed */
+	bool hot;		/* has been in since it was known that no vCPU
+				   is at it */
 };
 
 struct vcpu {
@@ -547,7 +549,7 @@ static void exchange(struct kvmi_hooks *h, struct kvmi_hook **list, size_t count
 					bp->planted = bp->leftover = false;
 				} else if (*byte == INT3 && bp->leftover) {
 					/* ours, from the last connection */
-					bp->planted = true;
+					bp->planted = bp->hot = true;
 				}
 			}
 			if (write) {
@@ -569,6 +571,7 @@ static void exchange(struct kvmi_hooks *h, struct kvmi_hook **list, size_t count
 					continue;
 				/* If in doubt, it is there and has to go */
 				bp->planted = !(out && done);
+				bp->hot |= bp->planted;
 				if (done)
 					bp->leftover = false;
 			}
@@ -1406,7 +1409,7 @@ enum kvmi_status kvmi_hooks_remove(struct kvmi_hooks *h, struct kvmi_hook *hook,
 
 	if (!h || !hook)
 		return fail(err, KVMI_ERR_ARGUMENT, "no hooks or no hook");
-	if (h->vm && may_be_in(hook)) {
+	if (h->vm && (hook->hot || hook->leftover)) {
 		if ((hook->planted || hook->leftover) &&
 		    !change_byte(h, hook->gpa, INT3, hook->insn.bytes[0], &was))
 			return fail(err, KVMI_ERR_CLOSED,
@@ -1766,7 +1769,7 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *h,
 	struct kvmi_page_access *pages;
 	struct kvmi_hook **list;
 	int64_t start, deadline;
-	size_t count = 0, i;
+	size_t count = 0, i, j;
 
 	if (!result)
 		result = &local;
@@ -1817,6 +1820,8 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *h,
 			if (h->vcpus[i].pauses_due)
 				break;
 	} while (i < h->vcpu_count && wait_event(h, deadline));
+	for (j = 0; result->held && i == h->vcpu_count && j < h->list_count; j++)
+		h->list[j]->hot = h->list[j]->planted;
 
 	if (h->lost) {
 		if (err)
@@ -1840,7 +1845,7 @@ size_t kvmi_hooks_detach(struct kvmi_hooks *h)
 	for (i = 0; i < h->list_count; i++) {
 		struct kvmi_hook *hook = h->list[i];
 
-		hook->going = false;
+		hook->going = hook->hot = false;
 		/* the INT3 may be there when the VM comes back */
 		if (hook->planted) {
 			hook->planted = false;
