@@ -531,6 +531,47 @@ static void test_pollers(void)
 	g_free(sim);
 }
 
+/* Each of them could have all places for commands; nobody goes without */
+#define MANY 1000
+
+static void *read_much(void *context)
+{
+	struct kvmi_memory_op *ops = g_new0(struct kvmi_memory_op, MANY);
+	uint8_t *data = g_malloc0(MANY);
+	struct kvmi_vm *vm = context;
+	unsigned int i, round;
+
+	for (i = 0; i < MANY; i++)
+		ops[i] = (struct kvmi_memory_op){ .gpa = i, .size = 1,
+						  .data = &data[i] };
+	for (round = 0; round < 5; round++)
+		g_assert_cmpint(kvmi_vm_read_many(vm, ops, MANY, NULL), ==,
+				KVMI_OK);
+	g_free(ops);
+	g_free(data);
+
+	return NULL;
+}
+
+static void test_many(void)
+{
+	struct sim *sim = g_new0(struct sim, 1);
+	struct kvmi_vm *vm = connect_vm(sim);
+	GThread *threads[WORKERS];
+	unsigned int i, count;
+
+	for (i = 0; i < WORKERS; i++)
+		threads[i] = g_thread_new("read", read_much, vm);
+	for (i = 0; i < 50; i++)
+		g_assert_cmpint(kvmi_vm_get_vcpu_count(vm, &count, NULL), ==,
+				KVMI_OK);
+	for (i = 0; i < WORKERS; i++)
+		g_thread_join(threads[i]);
+	kvmi_vm_close(vm);
+	sim_stop(sim);
+	g_free(sim);
+}
+
 struct keys {
 	struct kvmi_listener *listener;
 	atomic_bool stop;
@@ -589,6 +630,7 @@ int main(int argc, char **argv)
 
 	g_test_add_func("/threads/pollers", test_pollers);
 	g_test_add_func("/threads/keys", test_keys);
+	g_test_add_func("/threads/many", test_many);
 
 	return g_test_run();
 }
