@@ -812,7 +812,7 @@ static void test_slow(void)
 	start = g_get_monotonic_time();
 	g_assert_cmpint(kvmi_hooks_remove(world->hooks, hook, &err), ==,
 			KVMI_ERR_BUSY);
-	g_assert_cmpint(g_get_monotonic_time() - start, <, 4000000);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 20000000);
 	world_free(world);
 }
 
