@@ -203,7 +203,7 @@ bool kvmi_handle_bp(struct kvm_vcpu *vcpu, u8 insn_len)
 	data.gpa = kvmi_arch_translate_gva(vcpu, kvm_get_linear_rip(vcpu));
 	if (!kvmi_vcpu_raise(vcpu, KVMI_VCPU_EVENT_BREAKPOINT, &data,
 			     sizeof(data))) {
-		kvmi_journal_restore(vcpu->kvm->kvmi);
+		kvmi_journal_restore(vcpu->kvm->kvmi, false);
 		kvmi_inject_bp(vcpu);
 	}
 

@@ -7,7 +7,10 @@
  * was there before (one entry for each byte), and puts it back when the session
  * ends, unless the tool, or the guest, has changed it meanwhile.
  */
-#include <linux/hash.h>
+#include <linux/mm.h>
+#include <linux/random.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -23,15 +26,18 @@ struct kvmi_journal_entry {
 	u8 written;
 };
 
-/* Called with kvm->srcu read side held, for a range inside one page */
+/*
+ * Called with kvm->srcu read side held, for a range inside one page; *writable,
+ * if that is asked for, is false for what the guest can only read.
+ */
 static unsigned long kvmi_hva(struct kvm *kvm, u64 gpa,
-			      struct kvm_memory_slot **slot)
+			      struct kvm_memory_slot **slot, bool *writable)
 {
 	gfn_t gfn = gpa_to_gfn(gpa);
 	unsigned long hva;
 
 	*slot = gfn_to_memslot(kvm, gfn);
-	hva = gfn_to_hva_memslot(*slot, gfn);
+	hva = gfn_to_hva_memslot_prot(*slot, gfn, writable);
 	if (kvm_is_error_hva(hva) || kvm_mem_is_private(kvm, gfn))
 		return KVM_HVA_ERR_BAD;
 
@@ -45,10 +51,12 @@ static void kvmi_mark_dirty(struct kvm_memory_slot *slot, u64 gpa)
 			   slot->dirty_bitmap);
 }
 
+/* As hash_64(), but with a factor that the tool doesn't know */
 static struct hlist_head *kvmi_journal_head(struct kvmi_journal *journal,
 					    u64 gpa)
 {
-	return &journal->heads[hash_64(gpa, KVMI_JOURNAL_BITS)];
+	return &journal->heads[(gpa * journal->key) >>
+			       (64 - KVMI_JOURNAL_BITS)];
 }
 
 static struct kvmi_journal_entry *
@@ -82,10 +90,12 @@ static int kvmi_journal_add(struct kvmi_journal *journal, u64 gpa, u8 before)
 	if (journal->nr == KVMI_MAX_JOURNAL)
 		return -KVM_E2BIG;
 
-	if (!journal->heads)
+	if (!journal->heads) {
 		journal->heads = kvcalloc(BIT(KVMI_JOURNAL_BITS),
 					  sizeof(*journal->heads),
 					  GFP_KERNEL_ACCOUNT);
+		journal->key = get_random_u64() | 1;
+	}
 	entry = journal->heads ? kmalloc(sizeof(*entry), GFP_KERNEL_ACCOUNT) :
 				 NULL;
 	if (!entry)
@@ -108,7 +118,6 @@ static bool kvmi_journal_wants(u8 before, u8 after, u16 flags)
 	return flags & KVMI_WRITE_JOURNAL || after == KVMI_BREAKPOINT_BYTE;
 }
 
-/* Nothing of what a write that fails would have changed is forgotten */
 static int kvmi_journal_write(struct kvmi_journal *journal, u64 gpa,
 			      const u8 *before, const u8 *after, size_t size,
 			      u16 flags)
@@ -155,6 +164,20 @@ static void kvmi_journal_written(struct kvmi_journal *journal, u64 gpa,
 	}
 }
 
+/* The write has failed: entries that were made for it have nothing to undo */
+static void kvmi_journal_not_written(struct kvmi_journal *journal, u64 gpa,
+				     size_t size)
+{
+	struct kvmi_journal_entry *entry;
+	size_t i;
+
+	for (i = 0; i < size; i++) {
+		entry = kvmi_journal_find(journal, gpa + i);
+		if (entry && entry->written == entry->before)
+			kvmi_journal_drop(journal, entry);
+	}
+}
+
 /*
  * Called within kvm->srcu read side.  The range is inside one page; before has
  * room for what it holds.
@@ -165,12 +188,13 @@ int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
 	struct kvmi_journal *journal = &kvmi->journal;
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
+	bool writable;
 	int err = 0;
 
 	lockdep_assert_held(&kvmi->recv_lock);
 
-	hva = kvmi_hva(kvmi->kvm, gpa, &slot);
-	if (kvm_is_error_hva(hva))
+	hva = kvmi_hva(kvmi->kvm, gpa, &slot, &writable);
+	if (kvm_is_error_hva(hva) || !writable)
 		return -KVM_ENOENT;
 
 	/*
@@ -192,7 +216,9 @@ int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
 					 flags);
 	if (!err && __copy_to_user((void __user *)hva, data, size))
 		err = -KVM_ENOENT;
-	if (!err)
+	if (err)
+		kvmi_journal_not_written(journal, gpa, size);
+	else
 		kvmi_journal_written(journal, gpa, data, size, flags);
 
 	mutex_unlock(&journal->lock);
@@ -202,39 +228,83 @@ int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
 	return err;
 }
 
-static bool kvmi_journal_restore_one(struct kvm *kvm,
-				     const struct kvmi_journal_entry *entry)
+/* The guest, which runs, may just be changing it */
+static bool kvmi_replace_byte(struct mm_struct *mm, unsigned long hva, u8 old,
+			      u8 new)
 {
+	struct page *page;
+	bool replaced;
+	long pinned;
+	u8 *ptr;
+
+	if (mm == current->mm)
+		return kvmi_arch_replace_byte((u8 __user *)hva, old, new);
+
+	mmap_read_lock(mm);
+	pinned = pin_user_pages_remote(mm, hva, 1, FOLL_WRITE, &page, NULL);
+	mmap_read_unlock(mm);
+	if (pinned != 1)
+		return false;
+
+	ptr = kmap_local_page(page) + offset_in_page(hva);
+	replaced = cmpxchg(ptr, old, new) == old;
+	kunmap_local(ptr);
+	unpin_user_pages_dirty_lock(&page, 1, replaced);
+	return replaced;
+}
+
+/* Returns false if the entry may be of use later on */
+static bool kvmi_journal_restore_one(struct kvm_introspection *kvmi,
+				     const struct kvmi_journal_entry *entry,
+				     bool last)
+{
+	struct kvm *kvm = kvmi->kvm;
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
 	bool restored;
 
-	/* The guest, which runs, may just be changing it */
-	hva = kvmi_hva(kvm, entry->gpa, &slot);
-	restored = !kvm_is_error_hva(hva) && entry->written != entry->before &&
-		   kvmi_arch_replace_byte((u8 __user *)hva, entry->written,
-					  entry->before);
-	if (restored)
-		kvmi_mark_dirty(slot, entry->gpa);
+	hva = kvmi_hva(kvm, entry->gpa, &slot, NULL);
+	/* Slots are taken away and put back to change them */
+	if (kvm_is_error_hva(hva) && !last)
+		return false;
 
+	/* What the guest can only read may be writable for the VM's process */
+	restored = !kvm_is_error_hva(hva) &&
+		   kvmi_replace_byte(kvm->mm, hva, entry->written,
+				     entry->before);
+	/* Killed in a page fault: the receive thread does it */
+	if (!restored && !last && fatal_signal_pending(current))
+		return false;
+
+	if (restored) {
+		kvmi->journal.restored++;
+		kvmi_mark_dirty(slot, entry->gpa);
+	}
 	trace_kvmi_restore(kvm, entry->gpa, entry->before, restored);
-	return restored;
+	return true;
 }
 
 /*
- * Whoever first finds that the session has ended does it, in a thread of the
- * VM's process, and the others wait: the guest doesn't meet what the tool has
- * left.  There is nothing to be done when the memory has gone already.
+ * Whoever first finds that the session has ended does it, and the others wait:
+ * the guest doesn't meet what the tool has left.  What can't be done then has
+ * its last chance with UNHOOK, or the VM's end; a thread that has left its
+ * process's memory already, as it dies, borrows it from those that haven't.
+ * There is nothing to be done when the memory has gone.
  */
-void kvmi_journal_restore(struct kvm_introspection *kvmi)
+void kvmi_journal_restore(struct kvm_introspection *kvmi, bool last)
 {
 	struct kvmi_journal *journal = &kvmi->journal;
 	struct kvmi_journal_entry *entry;
 	struct hlist_node *next;
+	struct mm_struct *mm;
 	int i, idx;
 
 	if (kvmi_session_alive(atomic_read(&kvmi->session)) ||
-	    !READ_ONCE(journal->nr) || current->mm != kvmi->kvm->mm)
+	    !READ_ONCE(journal->nr))
+		return;
+
+	mm = kvmi->kvm->mm;
+	if (mm != current->mm && !mmget_not_zero(mm))
 		return;
 
 	idx = srcu_read_lock(&kvmi->kvm->srcu);
@@ -246,14 +316,16 @@ void kvmi_journal_restore(struct kvm_introspection *kvmi)
 
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
 					  node) {
-			if (kvmi_journal_restore_one(kvmi->kvm, entry))
-				journal->restored++;
-			kvmi_journal_drop(journal, entry);
+			if (kvmi_journal_restore_one(kvmi, entry, last))
+				kvmi_journal_drop(journal, entry);
+			cond_resched();
 		}
-		cond_resched();
 	}
 	mutex_unlock(&journal->lock);
 	srcu_read_unlock(&kvmi->kvm->srcu, idx);
+
+	if (mm != current->mm)
+		mmput_async(mm);
 }
 
 /* The VM is going away, with its memory */
@@ -265,7 +337,9 @@ void kvmi_journal_free(struct kvmi_journal *journal)
 
 	for (i = 0; journal->nr && i < BIT(KVMI_JOURNAL_BITS); i++)
 		hlist_for_each_entry_safe(entry, next, &journal->heads[i],
-					  node)
+					  node) {
 			kvmi_journal_drop(journal, entry);
+			cond_resched();
+		}
 	kvfree(journal->heads);
 }

@@ -103,6 +103,7 @@ struct kvmi_out {
 struct kvmi_journal {
 	struct mutex lock;		/* all of it */
 	struct hlist_head *heads;
+	u64 key;			/* the tool can't choose the chains */
 	unsigned int nr;
 	unsigned int restored;		/* of the last session */
 };
@@ -219,7 +220,7 @@ void kvmi_stop_listening(struct kvm_introspection *kvmi);
 /* journal.c */
 int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
 		     size_t size, u16 flags, void *before);
-void kvmi_journal_restore(struct kvm_introspection *kvmi);
+void kvmi_journal_restore(struct kvm_introspection *kvmi, bool last);
 void kvmi_journal_free(struct kvmi_journal *journal);
 
 /* vm.c */

@@ -173,7 +173,7 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi, u32 reason)
 	mutex_unlock(&kvmi->recv_lock);
 	sockfd_put(sock);
 
-	kvmi_journal_restore(kvmi);
+	kvmi_journal_restore(kvmi, true);
 
 	/* Without a session nothing was restricted; see kvmi_page_access() */
 	xa_destroy(&kvmi->page_access);

@@ -370,7 +370,7 @@ static int kvmi_receive_locked(struct kvm_introspection *kvmi,
 	lockdep_assert_held(&kvmi->recv_lock);
 
 	if (!kvmi_session_alive(session)) {
-		kvmi_journal_restore(kvmi);
+		kvmi_journal_restore(kvmi, false);
 		return -EAGAIN;
 	}
 

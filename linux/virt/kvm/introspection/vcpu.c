@@ -543,7 +543,7 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 		return 1;
 
 	/* Before this vCPU no longer intercepts what would hit it */
-	kvmi_journal_restore(kvmi);
+	kvmi_journal_restore(kvmi, false);
 
 	/* As it was the last one's event, the next one can't answer it */
 	WRITE_ONCE(kv->session, session);
