@@ -11,6 +11,7 @@
 
 int kvmi_check_extension(void);
 int kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp);
+void kvmi_exit(void);
 void kvmi_vm_destroy(struct kvm *kvm);
 void kvmi_vcpu_destroy(struct kvm_vcpu *vcpu);
 
@@ -185,6 +186,10 @@ static inline bool kvmi_exception_as_fault(struct kvm_vcpu *vcpu)
 static inline int kvmi_check_extension(void)
 {
 	return 0;
+}
+
+static inline void kvmi_exit(void)
+{
 }
 
 static inline void kvmi_vm_destroy(struct kvm *kvm)

@@ -51,7 +51,7 @@
  *
  * kvm_introspection.waiters_lock (spinlock, within the socket's wait queue)
  *	The vCPUs that wait for a reply and will read it, and ->receiver, which
- *	reads when there are none.
+ *	reads when there are none, and whether it lives.
  *
  * What of kvm_vcpu_introspection no lock is named for belongs to the vCPU's
  * thread, i.e. vcpu->mutex protects it.
@@ -59,6 +59,7 @@
 
 #include <linux/kvm_host.h>
 #include <linux/kvmi_host.h>
+#include <linux/llist.h>
 #include <linux/mutex.h>
 #include <linux/net.h>
 #include <linux/poll.h>
@@ -115,7 +116,8 @@ struct kvm_introspection {
 	struct mutex send_lock;		/* one message at a time */
 	struct socket *sock;
 	struct vhost_task *receiver;
-	bool receiver_killed;		/* lock */
+	bool receiver_killed;		/* written under waiters_lock, too */
+	struct llist_node dead;
 	u8 uuid[16];
 
 	/* Wakes a reader */
@@ -213,6 +215,7 @@ bool kvmi_may_receive(struct kvm_introspection *kvmi);
 int kvmi_receive(struct kvm_introspection *kvmi,
 		 const struct kvm_vcpu_introspection *kv);
 void kvmi_receive_pass_on(struct kvm_introspection *kvmi);
+void kvmi_receiver_wake(struct kvm_introspection *kvmi);
 bool kvmi_receiver(void *data);
 void kvmi_listen(struct kvm_introspection *kvmi);
 void kvmi_stop_listening(struct kvm_introspection *kvmi);

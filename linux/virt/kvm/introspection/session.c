@@ -7,6 +7,7 @@
 #include <linux/sched/vhost_task.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/workqueue.h>
 
 #include "kvmi_int.h"
 
@@ -117,8 +118,7 @@ void kvmi_session_end(struct kvm_introspection *kvmi, int session, u32 reason)
 		kvmi_vcpu_wake(vcpu);
 
 	/* Somebody who puts back what the tool has left in the guest */
-	set_bit(KVMI_READABLE, &kvmi->flags);
-	vhost_task_wake(kvmi->receiver);
+	kvmi_receiver_wake(kvmi);
 }
 
 static void kvmi_reset_allowed_commands(struct kvm_introspection *kvmi)
@@ -191,9 +191,9 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi, u32 reason)
 }
 
 /*
- * The process dies; the receive thread is the first to know.  The memory may
- * outlive the process, and so would the VM if its file were in flight in the
- * socket.
+ * The process dies, and the receive thread with it, before or after those that
+ * hold the VM's files.  The memory may outlive the process, and so would the VM
+ * if its file were in flight in the socket.
  */
 static void kvmi_receiver_killed(void *data)
 {
@@ -201,7 +201,9 @@ static void kvmi_receiver_killed(void *data)
 
 	mutex_lock(&kvmi->lock);
 	__kvmi_unhook(kvmi, KVM_INTROSPECTION_END_KILLED);
+	spin_lock_irq(&kvmi->waiters_lock);
 	kvmi->receiver_killed = true;
+	spin_unlock_irq(&kvmi->waiters_lock);
 	mutex_unlock(&kvmi->lock);
 }
 
@@ -241,9 +243,9 @@ static int kvmi_prepare(struct kvm_introspection *kvmi,
 	spin_lock_irq(&kvmi->waiters_lock);
 	*dead = kvmi->receiver;
 	kvmi->receiver = receiver;
+	kvmi->receiver_killed = false;
 	spin_unlock_irq(&kvmi->waiters_lock);
 
-	kvmi->receiver_killed = false;
 	vhost_task_start(receiver);
 	return 0;
 }
@@ -339,6 +341,27 @@ static int kvmi_unhook(struct kvm *kvm)
 	return 0;
 }
 
+static void kvmi_free(struct kvm_introspection *kvmi)
+{
+	if (kvmi->receiver)
+		vhost_task_stop(kvmi->receiver);
+	kfree(kvmi->out.msg);
+	kfree(kvmi->in);
+	kfree(kvmi);
+}
+
+static LLIST_HEAD(kvmi_dead);
+
+static void kvmi_free_dead(struct work_struct *work)
+{
+	struct kvm_introspection *kvmi, *next;
+
+	llist_for_each_entry_safe(kvmi, next, llist_del_all(&kvmi_dead), dead)
+		kvmi_free(kvmi);
+}
+
+static DECLARE_WORK(kvmi_dead_work, kvmi_free_dead);
+
 void kvmi_vm_destroy(struct kvm *kvm)
 {
 	struct kvm_introspection *kvmi = kvm->kvmi;
@@ -347,13 +370,30 @@ void kvmi_vm_destroy(struct kvm *kvm)
 		return;
 
 	kvmi_unhook(kvm);
-	if (kvmi->receiver)
-		vhost_task_stop(kvmi->receiver);
+
+	/* From here on the receive thread doesn't look at the VM */
+	mutex_lock(&kvmi->recv_lock);
 	kvmi_journal_free(&kvmi->journal);
-	kfree(kvmi->out.msg);
-	kfree(kvmi->in);
-	kfree(kvmi);
+	clear_bit(KVMI_READABLE, &kvmi->flags);
+	mutex_unlock(&kvmi->recv_lock);
 	kvm->kvmi = NULL;
+
+	/*
+	 * If the VM's last file was one that came by a socket, this is a
+	 * receive thread.  It can't wait for itself, nor for another one that
+	 * may be about to wait for it.
+	 */
+	if (current->flags & PF_USER_WORKER) {
+		llist_add(&kvmi->dead, &kvmi_dead);
+		schedule_work(&kvmi_dead_work);
+	} else {
+		kvmi_free(kvmi);
+	}
+}
+
+void kvmi_exit(void)
+{
+	flush_work(&kvmi_dead_work);
 }
 
 static int kvmi_preunhook(struct kvm_introspection *kvmi)

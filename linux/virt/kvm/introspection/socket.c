@@ -311,11 +311,15 @@ static int kvmi_fill(struct kvm_introspection *kvmi)
 		return ret ?: -EPIPE;
 
 	/*
-	 * Files, or other things that nobody has asked for.  The receive
-	 * thread doesn't come to close files before it exits.
+	 * Files, or other things that nobody has asked for.  Files are closed
+	 * by task work, which the receive thread, as it never returns to
+	 * userspace, only does when it is told so.
 	 */
-	if (msg.msg_flags & MSG_CTRUNC)
+	if (msg.msg_flags & MSG_CTRUNC) {
+		if (current->flags & PF_USER_WORKER)
+			set_thread_flag(TIF_NOTIFY_SIGNAL);
 		return -EPROTO;
+	}
 
 	/* For what comes from here on, the hang-up too, there is a wake-up */
 	kvmi->drained = ret < room && !(vfs_poll(kvmi->sock->file, NULL) &
@@ -442,7 +446,19 @@ void kvmi_receive_pass_on(struct kvm_introspection *kvmi)
 				      struct kvm_vcpu_introspection, waiter);
 	if (kv)
 		wake_up(&kv->wq);
-	else
+	else if (!kvmi->receiver_killed)
+		vhost_task_wake(kvmi->receiver);
+	spin_unlock_irqrestore(&kvmi->waiters_lock, flags);
+}
+
+/* Wakes the receive thread, whoever waits */
+void kvmi_receiver_wake(struct kvm_introspection *kvmi)
+{
+	unsigned long flags;
+
+	set_bit(KVMI_READABLE, &kvmi->flags);
+	spin_lock_irqsave(&kvmi->waiters_lock, flags);
+	if (!kvmi->receiver_killed)
 		vhost_task_wake(kvmi->receiver);
 	spin_unlock_irqrestore(&kvmi->waiters_lock, flags);
 }
