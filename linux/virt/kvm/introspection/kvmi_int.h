@@ -146,6 +146,7 @@ struct kvm_introspection {
 #define KVMI_NO_CLEANUP		0
 #define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
 #define KVMI_READABLE		2	/* the socket should be read */
+#define KVMI_WRITABLE		3	/* it has got room for that event */
 
 	void *in;		/* KVMI_MSG_BUF_SIZE bytes */
 	size_t in_size;		/* bytes that have arrived */

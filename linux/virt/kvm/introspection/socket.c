@@ -163,7 +163,8 @@ static int kvmi_send_unhook_locked(struct kvm_introspection *kvmi)
 
 /*
  * Whoever finds send_lock taken leaves the event to the holder, who looks for
- * it after every unlock.
+ * it after every unlock.  When there is no room in the socket, the next sender
+ * tries again, and so does who reads when there is some.
  */
 static int kvmi_send_pending_unhook(struct kvm_introspection *kvmi)
 {
@@ -174,20 +175,24 @@ static int kvmi_send_pending_unhook(struct kvm_introspection *kvmi)
 
 	while (test_bit(KVMI_UNHOOK_PENDING, &kvmi->flags) &&
 	       mutex_trylock(&kvmi->send_lock)) {
-		if (test_and_clear_bit(KVMI_UNHOOK_PENDING, &kvmi->flags))
+		clear_bit(KVMI_WRITABLE, &kvmi->flags);
+		/* Orders the clearing before the sending */
+		smp_mb__after_atomic();
+
+		if (test_bit(KVMI_UNHOOK_PENDING, &kvmi->flags)) {
 			err = kvmi_send_unhook_locked(kvmi);
+			if (err != -EINTR)
+				clear_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
+		}
 		mutex_unlock(&kvmi->send_lock);
 
-		/* There is no room in the socket; the next sender tries again */
-		if (err == -EINTR) {
-			set_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
-			break;
-		}
 		/* As above */
 		smp_mb();
+		if (err == -EINTR && !test_bit(KVMI_WRITABLE, &kvmi->flags))
+			break;
 	}
 
-	return err;
+	return err == -EINTR ? 0 : err;
 }
 
 /* Never sleeps for the tool: the caller is the device manager's main loop */
@@ -378,6 +383,7 @@ static int kvmi_receive_locked(struct kvm_introspection *kvmi,
 		return -EAGAIN;
 	}
 
+	kvmi_send_pending_unhook(kvmi);
 	kvmi->drained = false;
 	do {
 		answered = kv && READ_ONCE(kv->ev.answered);
@@ -470,9 +476,14 @@ static int kvmi_socket_wake(wait_queue_entry_t *wait, unsigned int mode,
 	struct kvm_introspection *kvmi =
 		container_of(wait, struct kvm_introspection, wait);
 	__poll_t events = key_to_poll(key);
+	bool room = events & EPOLLOUT &&
+		    test_bit(KVMI_UNHOOK_PENDING, &kvmi->flags);
 
-	if (events && !(events & KVMI_POLL_EVENTS))
+	if (events && !(events & KVMI_POLL_EVENTS) && !room)
 		return 0;
+
+	if (room)
+		set_bit(KVMI_WRITABLE, &kvmi->flags);
 
 	set_bit(KVMI_READABLE, &kvmi->flags);
 	kvmi_receive_pass_on(kvmi);
