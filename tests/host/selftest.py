@@ -36,6 +36,9 @@ class Result:
         self.cases = parse(output)
 
 
+# Some MiB of swap space for a case that wants its memory swapped out
+SWAP = "{ [ -b /dev/ram0 ] || insmod $KVMI_BUILD/linux/stock/brd.ko rd_nr=1 rd_size=4096; } && mkswap /dev/ram0 >/dev/null && swapon /dev/ram0 || exit 100\n"
+
 # Some cases are about KVM with the parameter off, and skip themselves otherwise: they get a run of their own, at the end.
 SCRIPT = """\
 {test}; on=$?
@@ -55,7 +58,8 @@ def run(vendor):
         test = host.need(BINARY, "build the selftest first")
         with host.Host(vendor, files=[test], threads="multi") as h:
             h.start()
-            status = h.run(["sh", "-c", SCRIPT.format(test=shlex.quote(str(test)), vendor=vendor)], TIMEOUT[vendor], output.extend)
+            script = SCRIPT.format(test=shlex.quote(str(test)), vendor=vendor)
+            status = h.run(["sh", "-c", (SWAP if vendor == "amd" else "") + script], TIMEOUT[vendor], output.extend)
             trouble = h.trouble()
             if trouble:
                 trouble = f"the host's kernel complained:\n{trouble}"
@@ -72,10 +76,10 @@ def run_debug():
     try:
         test = host.need(BINARY, "build the selftest first")
         kernel = host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")
-        for kvm_args, argv in (("introspection=1", [test]), ("introspection=0", [test, "-f", "kvmi_off"])):
+        for kvm_args, options in (("introspection=1", ""), ("introspection=0", " -f kvmi_off")):
             with host.Host("amd", kernel=kernel, kvm_args=kvm_args, threads="multi") as h:
                 h.start(300)
-                statuses.append(h.run(argv, TIMEOUT["debug"], output.extend))
+                statuses.append(h.run(["sh", "-c", SWAP + shlex.quote(str(test)) + options], TIMEOUT["debug"], output.extend))
                 trouble += h.trouble()
         if trouble:
             trouble = f"the host's kernel complained:\n{trouble}"

@@ -2086,14 +2086,27 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_destroyed_vm, guest_count)
 	tool_close();
 }
 
+/* Of all threads of it */
+static int wait_for_exit(pid_t pid)
+{
+	int status, i;
+
+	for (i = 0; i < TIMEOUT_MS; i++) {
+		if (waitpid(pid, &status, WNOHANG) == pid)
+			return status;
+		usleep(1000);
+	}
+	TEST_FAIL("process %d is there still after %d ms", pid, TIMEOUT_MS);
+}
+
 /* The device manager is killed, and its thread waits for the tool */
 static void test_killed(bool jammed)
 {
-	int fds[2], sync[2], status, i;
+	int fds[2], sync[2], i;
 	struct kvm_vcpu *vcpu;
 	struct event ev;
-	pid_t pid, ret;
 	char c = 0;
+	pid_t pid;
 
 	make_sockets(fds);
 	make_sockets(sync);
@@ -2125,13 +2138,7 @@ static void test_killed(bool jammed)
 	}
 
 	kill(pid, SIGKILL);
-	for (i = 0; i < TIMEOUT_MS; i++) {
-		ret = waitpid(pid, &status, WNOHANG);
-		if (ret == pid)
-			break;
-		usleep(1000);
-	}
-	TEST_ASSERT(ret == pid, "SIGKILL, and alive after %d ms", TIMEOUT_MS);
+	wait_for_exit(pid);
 	assert_closed();
 	tool_close();
 }
@@ -2258,6 +2265,31 @@ KVM_ONE_VCPU_TEST(kvmi, preunhook_jammed, guest_count)
 		TEST_ASSERT(receive_msg(&msg), "closed instead of the event");
 	} while (msg.hdr.id != KVMI_VM_EVENT);
 	unhook(vm);
+}
+
+/* As above, but nobody is about to send something else */
+KVM_ONE_VCPU_TEST(kvmi, preunhook_full, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	static struct msg msg;
+	struct runner r;
+	int i;
+
+	hook(vm);
+	assert_err(vm_control_event(KVMI_VM_EVENT_UNHOOK, 1), 0);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	interrupt(&r);
+	assert_at_once(assert_ioctl(vm, KVM_INTROSPECTION_PREUNHOOK, NULL, 0));
+	do {
+		TEST_ASSERT(receive_msg(&msg), "closed instead of the event");
+	} while (msg.hdr.id != KVMI_VM_EVENT);
+	unhook(vm);
+	start(&r, vcpu);
+	stop_guest(&r);
 }
 
 /* COMMAND, EVENT */
@@ -4566,8 +4598,7 @@ KVM_ONE_VCPU_TEST(kvmi, flood_vcpu_commands, guest_count)
 	test_flood(vcpu, KVMI_VCPU_GET_INFO);
 }
 
-/* Nobody has asked for files, which KVM would have to keep until it closes them */
-KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
+static void send_file(int fd)
 {
 	struct kvmi_msg_hdr hdr = { .id = KVMI_GET_VERSION };
 	struct iovec iov = { .iov_base = &hdr, .iov_len = sizeof(hdr) };
@@ -4586,11 +4617,77 @@ KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
 		.msg_controllen = sizeof(control),
 	};
 
-	hook(vcpu->vm);
-	memcpy(CMSG_DATA(&control.cmsg), &vcpu->vm->fd, sizeof(int));
+	memcpy(CMSG_DATA(&control.cmsg), &fd, sizeof(int));
 	TEST_ASSERT_EQ(sendmsg(tool.fd, &msg, MSG_NOSIGNAL), sizeof(hdr));
+}
+
+/* Nobody has asked for files.  They are closed at once. */
+KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct pollfd other = {};
+	struct runner r;
+	struct event ev;
+	int fds[2], i;
+
+	for (i = 0; i < 2; i++) {
+		/* The second time, it is the vCPU that reads the socket */
+		if (i)
+			start_to_pause(&r, vcpu, &ev);
+		else
+			hook(vm);
+		TEST_ASSERT(!pipe(fds), "pipe: %s", strerror(errno));
+		other.fd = fds[0];
+		send_file(fds[1]);
+		close(fds[1]);
+		assert_closed();
+		TEST_ASSERT_EQ(get_status(vm).reason,
+			       KVM_INTROSPECTION_END_PROTOCOL);
+		TEST_ASSERT(poll(&other, 1, AT_ONCE_MS) == 1 &&
+			    other.revents & POLLHUP, "KVM holds the file");
+		close(fds[0]);
+		unhook(vm);
+	}
+	stop_guest(&r);
+}
+
+static unsigned int count_threads(void)
+{
+	struct stat st;
+
+	TEST_ASSERT(!stat("/proc/self/task", &st), "no /proc/self/task");
+	return st.st_nlink - 2;
+}
+
+static void leave_vm_to_receiver(void)
+{
+	struct kvm_vm *vm = vm_create_barebones();
+	int i;
+
+	hook_sndbuf(vm, 1);
+	for (i = 0; i < 100; i++)
+		send_msg(KVMI_GET_VERSION, NULL, 0);
+	wait_stuck();
+	/* KVM reads it when nobody else has the VM any more */
+	send_file(vm->fd);
+	close(vm->fd);
+	TEST_ASSERT_EQ(count_threads(), 2);
 	assert_closed();
-	unhook(vcpu->vm);
+	wait_for(count_threads() == 1);
+	_exit(0);
+}
+
+/* The last to let go of the VM is the VM's own receive thread */
+KVM_ONE_VCPU_TEST(kvmi, message_with_last_file, guest_count)
+{
+	pid_t pid = fork();
+	int status;
+
+	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+	if (!pid)
+		leave_vm_to_receiver();
+	status = wait_for_exit(pid);
+	TEST_ASSERT(!status, "status %#x", status);
 }
 
 /* The journal */
@@ -4806,6 +4903,9 @@ KVM_ONE_VCPU_TEST(kvmi, journal_full, guest_journal)
 	buf[0] = 0;
 	assert_err(write_physical(EXTRA_GPA, 1, buf), 0);
 	buf[0] = 0xcc;
+	/* What is refused takes none */
+	assert_err(write_physical(EXTRA_GPA + pages * PAGE_SIZE + 16, 2, buf),
+		   -KVM_E2BIG);
 	assert_err(write_physical(EXTRA_GPA + pages * PAGE_SIZE, 1, buf), 0);
 
 	unhook(vm);
@@ -4824,6 +4924,161 @@ KVM_ONE_VCPU_TEST(kvmi, journal_memory_gone, guest_journal)
 	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
 	vm_mem_region_delete(vm, EXTRA_SLOT);
 	unhook(vm);
+}
+
+/*
+ * The slot is away when the session ends, as it is for a moment when a device
+ * manager changes it, and back for UNHOOK, with these flags
+ */
+static void test_journal_slot_away(struct kvm_vcpu *vcpu, u32 flags)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u8 int3 = 0xcc, *mem;
+	struct runner r;
+
+	mem = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap: %s", strerror(errno));
+	vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA, PAGE_SIZE, mem);
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+
+	vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA, 0, NULL);
+	tool_close();
+	wait_for(!get_status(vm).hooked);
+	/* Whoever looks for something to restore has done so */
+	usleep(QUIET_MS * 1000);
+	TEST_ASSERT_EQ(get_status(vm).restored, 0);
+	vm_set_user_memory_region(vm, EXTRA_SLOT, flags, EXTRA_GPA, PAGE_SIZE,
+				  mem);
+	unhook(vm);
+	TEST_ASSERT_EQ(get_status(vm).restored, 1);
+	TEST_ASSERT_EQ(mem[0], 0);
+	stop_guest(&r);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_slot_away, guest_count)
+{
+	test_journal_slot_away(vcpu, 0);
+}
+
+/* The guest can't write it any more, but runs into the INT3 */
+KVM_ONE_VCPU_TEST(kvmi, journal_slot_read_only, guest_count)
+{
+	test_journal_slot_away(vcpu, KVM_MEM_READONLY);
+}
+
+#define KILL_ROUNDS	50
+
+/* The device manager dies, and its memory doesn't */
+KVM_ONE_VCPU_TEST(kvmi, journal_killed, guest_count)
+{
+	int fds[2], sync[2], i;
+	struct kvm_vm *vm;
+	u8 int3 = 0xcc;
+	pid_t pid;
+	u8 *mem;
+	char c;
+
+	mem = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap: %s", strerror(errno));
+
+	for (i = 0; i < KILL_ROUNDS; i++) {
+		make_sockets(fds);
+		make_sockets(sync);
+		pid = fork();
+		TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+		if (!pid) {
+			vm = vm_create_barebones();
+			vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA,
+						  PAGE_SIZE, mem);
+			hook_fd(vm, fds[1]);
+			allow_all(vm);
+			close(fds[0]);
+			if (write(sync[1], &c, 1) == 1)
+				read(sync[1], &c, 1);
+			_exit(0);
+		}
+		close(fds[1]);
+		TEST_ASSERT_EQ(read(sync[0], &c, 1), 1);
+		tool_connected(fds[0]);
+		assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+		TEST_ASSERT_EQ(mem[0], int3);
+
+		/* By its own hand, or not */
+		if (i & 1)
+			TEST_ASSERT_EQ(write(sync[0], &c, 1), 1);
+		else
+			kill(pid, SIGKILL);
+		wait_for_exit(pid);
+		TEST_ASSERT(!mem[0], "the INT3 is left, round %d", i);
+		tool_close();
+		close(sync[0]);
+		close(sync[1]);
+	}
+	munmap(mem, PAGE_SIZE);
+}
+
+static bool is_resident(void *mem)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	u64 entry;
+
+	TEST_ASSERT(fd >= 0, "pagemap: %s", strerror(errno));
+	TEST_ASSERT(pread(fd, &entry, sizeof(entry),
+			  (unsigned long)mem / PAGE_SIZE * sizeof(entry)) ==
+		    sizeof(entry), "pagemap: %s", strerror(errno));
+	close(fd);
+	return entry >> 63;
+}
+
+static bool have_swap(void)
+{
+	FILE *f = fopen("/proc/swaps", "r");
+	char line[256];
+	int lines = 0;
+
+	while (f && fgets(line, sizeof(line), f))
+		lines++;
+	if (f)
+		fclose(f);
+	return lines > 1;
+}
+
+TEST_F(kvmi, journal_swapped)
+{
+	struct kvm_vm *vm = self->vcpu->vm;
+	u8 int3 = 0xcc, *mem;
+	u64 bitmap = 0;
+	int i;
+
+	if (!have_swap())
+		SKIP(return, "no swap here");
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 4, KVM_MEM_LOG_DIRTY_PAGES);
+	mem = addr_gpa2hva(vm, EXTRA_GPA);
+	memset(mem, 0x11, 4 * PAGE_SIZE);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA + PAGE_SIZE, 1, &int3), 0);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+
+	/* Another CPU may just have the page on a list of its own */
+	for (i = 0; i < 100 && is_resident(mem + PAGE_SIZE); i++) {
+		TEST_ASSERT(!madvise(mem, 4 * PAGE_SIZE, MADV_PAGEOUT),
+			    "madvise: %s", strerror(errno));
+		usleep(10 * 1000);
+	}
+	TEST_ASSERT(!is_resident(mem + PAGE_SIZE), "it won't be swapped");
+
+	tool_close();
+	unhook(vm);
+	TEST_ASSERT_EQ(get_status(vm).restored, 1);
+	TEST_ASSERT_EQ(mem[PAGE_SIZE], 0x11);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 2);
 }
 
 /* Memory that is seen twice, discarded or moved between write and end */
@@ -4883,6 +5138,29 @@ KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log, guest_journal)
 	assert_err(write_physical(EXTRA_GPA + 2 * PAGE_SIZE, 1, &int3), 0);
 	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
 	TEST_ASSERT_EQ(bitmap, 4);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 0);
+	unhook(vm);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 4);
+}
+
+/* As QEMU has it: read and cleared one by one */
+KVM_ONE_VCPU_TEST(kvmi, journal_dirty_log_manual, guest_journal)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	u64 bitmap = 0;
+	u8 int3 = 0xcc;
+
+	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+		      KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 64, KVM_MEM_LOG_DIRTY_PAGES);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA + 2 * PAGE_SIZE, 1, &int3), 0);
+	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
+	TEST_ASSERT_EQ(bitmap, 4);
+	kvm_vm_clear_dirty_log(vm, EXTRA_SLOT, &bitmap, 0, 64);
 	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &bitmap);
 	TEST_ASSERT_EQ(bitmap, 0);
 	unhook(vm);
@@ -7951,6 +8229,14 @@ TEST_F(kvmi, memory_accounted)
 			   0);
 	assert_more_memory(dir, before, SPARSE_PAGES / 1024 * 576ul,
 			   "page restrictions");
+
+	/* For a vCPU that doesn't run */
+	before = kernel_memory(dir);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_vcpu_msg(KVMI_VCPU_GET_INFO, 0, buf, sizeof(buf));
+	get_version();
+	assert_more_memory(dir, before, MAX_JOBS * sizeof(buf),
+			   "commands that wait");
 
 	unhook(vm);
 	leave_cgroup(dir);
