@@ -37,7 +37,7 @@ class Result:
 
 
 # Some MiB of swap space for a case that wants its memory swapped out
-SWAP = "{ [ -b /dev/ram0 ] || insmod $KVMI_BUILD/linux/stock/brd.ko rd_nr=1 rd_size=4096; } && mkswap /dev/ram0 >/dev/null && swapon /dev/ram0 || exit 100\n"
+SWAP = "{ [ -b /dev/ram0 ] || insmod $KVMI_BUILD/linux/stock/brd.ko rd_nr=1 rd_size=4096; } && busybox mkswap /dev/ram0 >/dev/null && busybox swapon /dev/ram0 || exit 100\n"
 
 # Some cases are about KVM with the parameter off, and skip themselves otherwise: they get a run of their own, at the end.
 SCRIPT = """\
