@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The fuzzer of tests/fuzz: a hostile tool and a hostile guest in the real kernel. See tests/fuzz/README.md."""
+"""The fuzzers of tests/fuzz: a hostile tool and a hostile guest in the real kernel, and what parses others' bytes. See
+tests/fuzz/README.md."""
+import subprocess
 import warnings
 
 import pytest
@@ -38,7 +40,7 @@ def tell(result):
 
 
 def run_meanwhile(_):
-    return fuzz(1, 40)
+    return fuzz(1, 120, timeout=300)
 
 
 @pytest.mark.amd
@@ -50,3 +52,15 @@ def test_fuzz(meanwhile):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_fuzz_on_debug_kernel(seed):
     tell(fuzz(seed, 180, ("--bound", "90"), 800, host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("target", ["messages", "handshake"])
+def test_libfuzzer(target):
+    """Both build, and find nothing in a short time. What they have learnt is not kept: each run begins with nothing."""
+    r = subprocess.run([host.TOP / "tests/fuzz/libfuzzer", target, "-seed=1", "-runs=20000"], stdin=subprocess.DEVNULL,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    text = r.stdout.decode(errors="replace")
+    if r.returncode == 77:
+        pytest.skip(text.strip())
+    assert not r.returncode and "Done 20000 runs" in text, f"status {r.returncode}\n{text[-6000:]}"

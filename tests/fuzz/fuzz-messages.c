@@ -6,6 +6,10 @@
  * fuzz-messages [ROUNDS [FIRST]]: without arguments a short run, the same each
  * time; by hand e.g. `fuzz-messages 10000000 $RANDOM'.  When something is found,
  * the round's number is printed: `fuzz-messages 1 NUMBER' repeats it.
+ *
+ * With clang's -fsanitize=fuzzer and -DKVMI_LIBFUZZER it is a libFuzzer target:
+ * the choices are made by the input, and by what follows from a number always
+ * the same when that has come to its end.
  */
 
 #include <errno.h>
@@ -22,6 +26,8 @@
 #define MAX (128 * 1024)
 
 static uint64_t state;
+static const uint8_t *input;
+static size_t input_left;
 static unsigned long round_number, connected, finished, protocol;
 static uint32_t seq, events;	/* the next numbers */
 static uint8_t stream[MAX];
@@ -42,9 +48,19 @@ void __asan_on_error(void)
 		} \
 	} while (0)
 
-/* xorshift* */
+/* Of the input if there is some left, else xorshift* */
 static uint32_t any(uint32_t below)
 {
+	size_t size = below <= 256 ? 1 : below <= 65536 ? 2 : 4;
+	uint32_t value = 0;
+
+	if (input_left >= size) {
+		memcpy(&value, input, size);
+		input += size;
+		input_left -= size;
+		return value % below;
+	}
+
 	state ^= state >> 12;
 	state ^= state << 25;
 	state ^= state >> 27;
@@ -304,14 +320,31 @@ static void play(void)
 	close(fds[1]);
 }
 
+static void start_round(unsigned long number)
+{
+	round_number = number;
+	state = 88172645463325252ULL ^ number * 0x9e3779b97f4a7c15;
+}
+
+#ifdef KVMI_LIBFUZZER
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	input = data;
+	input_left = size;
+	start_round(1);
+	play();
+
+	return 0;
+}
+#else
 int main(int argc, char **argv)
 {
 	unsigned long rounds = argc > 1 ? strtoul(argv[1], NULL, 0) : ROUNDS;
 	unsigned long first = argc > 2 ? strtoul(argv[2], NULL, 0) : 1;
 
-	for (round_number = first; round_number < first + rounds;
-	     round_number++) {
-		state = 88172645463325252ULL ^ round_number * 0x9e3779b97f4a7c15;
+	for (unsigned long i = first; i < first + rounds; i++) {
+		start_round(i);
 		play();
 	}
 	printf("%lu rounds: %lu connected, %lu came to the end, %lu were stopped for what they sent\n",
@@ -323,3 +356,4 @@ int main(int argc, char **argv)
 
 	return 0;
 }
+#endif
