@@ -8,6 +8,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/workqueue.h>
+#include <net/sock.h>
 
 #include "kvmi_int.h"
 
@@ -330,12 +331,17 @@ static int kvmi_hook(struct kvm *kvm, const struct kvm_introspection_hook *hook)
 static int kvmi_unhook(struct kvm *kvm)
 {
 	struct kvm_introspection *kvmi = READ_ONCE(kvm->kvmi);
+	u32 reason = KVM_INTROSPECTION_END_UNHOOK;
 
 	if (!kvmi)
 		return 0;
 
 	mutex_lock(&kvmi->lock);
-	__kvmi_unhook(kvmi, KVM_INTROSPECTION_END_UNHOOK);
+	/* Userspace may see that the tool has gone before the receiver does */
+	if (kvmi->sock &&
+	    READ_ONCE(kvmi->sock->sk->sk_shutdown) & RCV_SHUTDOWN)
+		reason = KVM_INTROSPECTION_END_CLOSED;
+	__kvmi_unhook(kvmi, reason);
 	mutex_unlock(&kvmi->lock);
 
 	return 0;
