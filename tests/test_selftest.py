@@ -43,7 +43,7 @@ def kvmi_whole(result):
 @pytest.mark.long
 @pytest.mark.parametrize("vendor", [pytest.param(v, marks=getattr(pytest.mark, v)) for v in ("amd", "intel")])
 def test_storm(vendor):
-    """After 10 000 sessions, the host's kernel has no object for each of them."""
+    """After 10 000 sessions, the host's kernel has no object, open file or task for each of them."""
     before, after = selftest.storm(vendor, 20)
-    print(f"objects of the kernel: {before}, {after}")
-    assert after - before < 2000, f"{before} before, {after} after"
+    print(f"objects of the kernel, open files, tasks: {before}, {after}")
+    assert all(a - b < most for a, b, most in zip(after, before, (2000, 500, 50))), f"{before} before, {after} after"

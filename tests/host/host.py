@@ -333,6 +333,14 @@ mouse: enabled=0
         m = TROUBLE.search(new)
         return new[new.rfind("\n", 0, m.start()) + 1:][:6000] if m else ""
 
+    def leaks(self):
+        """What kmemleak has found of KVM's; empty if there is nothing, or a kernel without it."""
+        output = bytearray()
+        # An object must be some seconds old
+        self.run(["sh", "-c", "f=/sys/kernel/debug/kmemleak; [ -f $f ] || exit 0; sleep 6; echo scan >$f; sleep 6; echo scan >$f; cat $f"], 300, output.extend)
+        found = output.decode(errors="replace").split("unreferenced object")[1:]
+        return "".join(f"unreferenced object{o}" for o in found if "kvm" in o)[:6000]
+
     def error(self, what):
         tail = "\n".join(self.console_text().splitlines()[-40:])
         errors = (self.dir / "emulator.log").read_text(errors="replace")[:4000] if (self.dir / "emulator.log").exists() else ""

@@ -80,7 +80,7 @@ def run_debug():
             with host.Host("amd", kernel=kernel, kvm_args=kvm_args, threads="multi") as h:
                 h.start(300)
                 statuses.append(h.run(["sh", "-c", SWAP + shlex.quote(str(test)) + options], TIMEOUT["debug"], output.extend))
-                trouble += h.trouble()
+                trouble += h.trouble() + h.leaks()
         if trouble:
             trouble = f"the host's kernel complained:\n{trouble}"
     except host.HostError as e:
@@ -90,7 +90,12 @@ def run_debug():
 
 # 500 sessions each time; the first fills the caches
 STORM = """
-objects() {{ sync; echo 3 >/proc/sys/vm/drop_caches; awk '/^kmalloc|^radix_tree_node|^task_struct|^sock_inode_cache|^skbuff_head_cache/ {{ n += $2 }} END {{ print n }}' /proc/slabinfo; }}
+objects() {{
+    sync; echo 3 >/proc/sys/vm/drop_caches
+    awk '/^kmalloc|^radix_tree_node|^task_struct|^sock_inode_cache|^skbuff_head_cache/ {{ n += $2 }} END {{ print n }}' /proc/slabinfo
+    cut -f 1 /proc/sys/fs/file-nr
+    cut -d / -f 2 /proc/loadavg | cut -d " " -f 1
+}}
 {test} -t unhook_storm >/dev/null || exit
 before=$(objects)
 i=0
@@ -100,7 +105,7 @@ echo $before $(objects)
 
 
 def storm(vendor, times, kernel=None):
-    """The number of objects of the host's kernel before and after this many storms of sessions."""
+    """[objects of the host's kernel, open files, tasks] before and after this many storms of sessions."""
     output = bytearray()
     test = host.need(BINARY, "build the selftest first")
     with host.Host(vendor, files=[test], **({"kernel": kernel} if kernel else {})) as h:
@@ -109,4 +114,5 @@ def storm(vendor, times, kernel=None):
         trouble = h.trouble()
     if status or trouble:
         raise host.HostError(f"status {status}\n{output.decode(errors='replace')}\n{trouble}")
-    return [int(n) for n in output.split()[-2:]]
+    numbers = [int(n) for n in output.split()[-6:]]
+    return numbers[:3], numbers[3:]
