@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The journal: what it adds to a write of the tool, the memory that it takes,
- * and how long the guest stands still when KVM takes breakpoints back.
+ * The journal: what it adds to a write of the tool, when it is empty and when it
+ * is nearly full, the memory that it takes, and how long the guest stands still
+ * when KVM takes back the breakpoints of a tool that was killed.
  */
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <sys/wait.h>
 
 #include "guest.h"
 #include "tool.h"
@@ -15,6 +18,7 @@
 #define WRITES      2000
 #define BREAKPOINTS 10000
 #define ENTRIES     65536
+#define FULL        60000
 #define TIMEOUT_S   280
 
 static uint8_t *memory;
@@ -45,6 +49,20 @@ static void compare_writes(int tool, double *with, double *without)
     }
     *without = lower_quartile(ns[0], WRITES);
     *with = lower_quartile(ns[1], WRITES);
+}
+
+/* Of one write that is remembered, beginning at this one */
+static double time_writes(int tool, unsigned int first)
+{
+    static uint64_t ns[WRITES];
+
+    for (unsigned int i = 0; i < WRITES; i++) {
+        uint64_t start = now_ns();
+
+        write_byte(tool, first + i, 0xcc, 0);
+        ns[i] = now_ns() - start;
+    }
+    return lower_quartile(ns, WRITES);
 }
 
 /* Of the allocations that are on a process's account */
@@ -98,6 +116,40 @@ static void *watch(void *arg)
     return (void *)longest;
 }
 
+/* A tool in a process of its own, with its breakpoints planted; it goes when it is killed */
+static pid_t start_tool(int tool)
+{
+    int ready[2];
+    char byte;
+    pid_t pid;
+
+    if (pipe(ready)) {
+        err(1, "pipe");
+    }
+    pid = fork();
+    if (pid < 0) {
+        err(1, "fork");
+    }
+    if (!pid) {
+        for (unsigned int i = 0; i < BREAKPOINTS; i++) {
+            write_byte(tool, i * 8, 0xcc, 0);
+        }
+        if (write(ready[1], "", 1) != 1) {
+            err(1, "pipe");
+        }
+        for (;;) {
+            pause();
+        }
+    }
+    close(tool);
+    close(ready[1]);
+    if (read(ready[0], &byte, 1) != 1) {
+        errx(1, "the tool ended");
+    }
+    close(ready[0]);
+    return pid;
+}
+
 int main(void)
 {
     /* 1: incw 0x1800; jmp 1b */
@@ -107,11 +159,12 @@ int main(void)
         .guest_phys_addr = MEMORY_GPA,
         .memory_size = 2 * ENTRIES,
     };
-    double with, without, before, bytes;
+    double with, without, before, bytes, empty, full;
     pthread_t vcpu, watcher;
     uint64_t start, restore;
     struct guest g;
     void *longest;
+    pid_t pid;
     int tool;
 
     alarm(TIMEOUT_S);
@@ -139,9 +192,16 @@ int main(void)
 
     memset(memory, 0, region.memory_size);
     tool = tool_hook(&g);
-    for (unsigned int i = 0; i < BREAKPOINTS; i++) {
-        write_byte(tool, i * 8, 0xcc, 0);
+    empty = time_writes(tool, 0);
+    for (unsigned int i = WRITES; i < FULL; i++) {
+        write_byte(tool, i, 0xcc, 0);
     }
+    full = time_writes(tool, FULL);
+    ioctl(g.vm, KVM_INTROSPECTION_UNHOOK, 0);
+    close(tool);
+
+    memset(memory, 0, region.memory_size);
+    pid = start_tool(tool_hook(&g));
     guest_start(&g, 0);
     if (pthread_create(&vcpu, NULL, run, &g) ||
         pthread_create(&watcher, NULL, watch, g.memory + 0x800)) {
@@ -149,7 +209,8 @@ int main(void)
     }
     usleep(200000);
     start = now_ns();
-    close(tool);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
     ioctl(g.vm, KVM_INTROSPECTION_UNHOOK, 0);
     restore = now_ns() - start;
     usleep(100000);
@@ -161,8 +222,9 @@ int main(void)
         }
     }
 
-    printf("{\"with_ns\": %g, \"without_ns\": %g, \"bytes_per_entry\": %g, \"breakpoints\": %d, "
-           "\"restore_ms\": %g, \"stall_ms\": %g}\n", with, without, bytes,
+    printf("{\"with_ns\": %g, \"without_ns\": %g, \"empty_ns\": %g, \"full_ns\": %g, \"entries\": %d, "
+           "\"bytes_per_entry\": %g, \"breakpoints\": %d, "
+           "\"restore_ms\": %g, \"stall_ms\": %g}\n", with, without, empty, full, FULL, bytes,
            BREAKPOINTS, restore / 1e6, (uintptr_t)longest / 1e6);
     return 0;
 }
