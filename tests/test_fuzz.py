@@ -11,16 +11,16 @@ import host
 FUZZER = host.BUILD / "tests/fuzz/kvmi_fuzz"
 
 
-def fuzz(seed, seconds, options=(), timeout=150, kernel=None):
+def fuzz(seed, seconds, options=(), timeout=150, kernel=None, vendor="amd"):
     """Returns the output, and how the emulator failed. That says nothing about us: another seed gets its chance then, and a third."""
     failures = []
     for attempt in range(3):
         output = bytearray()
         try:
-            with host.Host("amd", kernel=kernel, threads="multi") as h:
+            with host.Host(vendor, kernel=kernel, threads="multi", files=[FUZZER]) as h:
                 h.start()
                 status = h.run([host.need(FUZZER, "build first"), str(seed + 100 * attempt), str(seconds), *options], timeout, output.extend)
-                trouble = h.trouble()
+                trouble = h.trouble() + (h.leaks() if kernel else "")
         except host.EmulatorError as e:
             print(output.decode(errors="replace"))
             failures.append(f"seed {seed + 100 * attempt}: {e}")
@@ -46,6 +46,12 @@ def run_meanwhile(_):
 @pytest.mark.amd
 def test_fuzz(meanwhile):
     tell(meanwhile)
+
+
+@pytest.mark.intel
+@pytest.mark.long
+def test_fuzz_intel():
+    tell(fuzz(1, 120, ("--bound", "200"), 3000, vendor="intel"))
 
 
 @pytest.mark.debug

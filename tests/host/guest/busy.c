@@ -13,6 +13,8 @@
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <asm/ldt.h>
+#include <cpuid.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -343,6 +345,42 @@ static void patch_kernel(void)
 	}
 }
 
+/*
+ * "provoke": a thread that does, over and over, what a guest otherwise does only at its start: calls the tool, and has the
+ * kernel load LDTR.
+ */
+static atomic_int provoking;
+
+static long call_tool(void)
+{
+	unsigned int eax, ebx, ecx, edx;
+	long result = 34;	/* KVM_HC_XEN_HVM_OP, ..._GUEST_REQUEST_VM_EVENT */
+
+	__cpuid(0, eax, ebx, ecx, edx);
+	if (ebx == signature_INTEL_ebx)
+		asm volatile("vmcall" : "+a"(result) : "D"(24), "S"(0) : "memory");
+	else
+		asm volatile("vmmcall" : "+a"(result) : "D"(24), "S"(0) : "memory");
+	return result;
+}
+
+static void *provoke(void *unused)
+{
+	struct timespec pause = { .tv_nsec = 1000000000 / CALLS_PER_SECOND };
+	struct user_desc segment = { .limit = 1, .seg_32bit = 1 };
+
+	(void)unused;
+	for (;;) {
+		long result = call_tool();
+
+		/* the tool's answer, or KVM's without a tool */
+		if ((result != 0 && result != -EPERM) || syscall(SYS_modify_ldt, 1, &segment, sizeof(segment)))
+			atomic_fetch_add(&wrong, 1);
+		nanosleep(&pause, NULL);
+	}
+	return NULL;
+}
+
 static void start(void *(*function)(void *), const void *argument)
 {
 	pthread_t thread;
@@ -384,6 +422,11 @@ static void *obey(void *unused)
 			start(write_disk, NULL);
 		else if (!strcmp(line, "echo"))
 			start(echo, NULL);
+		else if (!strcmp(line, "provoke")) {
+			if (!atomic_exchange(&provoking, 1))
+				start(provoke, NULL);
+			printf("guest: provokes\n");
+		}
 		else if (sscanf(line, "out %x %x", &port, &value) == 2)
 			out(port, value);
 		else
