@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "kvmi.h"
 #include "output.h"
@@ -23,6 +24,8 @@
 #define KERNEL_POLL_MS 200
 #define KERNEL_RETRY_MS 5000
 #define SUMMARY_US 1000000
+/* Less than what kvmi_hooks_take_out() takes for too long to verify */
+#define LINGER_MAX_MS 2000u
 /* How many breakpoint-out lines before only a count is printed */
 #define FEW 16
 
@@ -755,6 +758,29 @@ static void tell_out(struct session *s, int64_t ts, size_t count)
 }
 
 /*
+ * For --linger: as slow as the file says, in ms; not at all while there is no
+ * such file.
+ */
+static void linger(struct session *s)
+{
+	unsigned int ms = 0;
+	FILE *file;
+
+	if (!s->watch->linger || !s->unhook_ts)
+		return;
+	file = fopen(s->watch->linger, "r");
+	if (!file)
+		return;
+	if (fscanf(file, "%u", &ms) != 1 || ms > LINGER_MAX_MS)
+		problem(s, "%s: not a number up to %u", s->watch->linger,
+			LINGER_MAX_MS);
+	else
+		nanosleep(&(struct timespec){ ms / 1000, ms % 1000 * 1000000 },
+			  NULL);
+	fclose(file);
+}
+
+/*
  * All breakpoints out, all pages free, all vCPUs on their way.  KVM itself
  * switches off what other events were asked for when the connection ends.
  */
@@ -776,6 +802,7 @@ static void clean(struct session *s, const char *reason)
 		human(start, false, "%s: %s", record->label, s->unhook_ts ?
 		      "the VM is going to be paused" : "ending");
 	}
+	linger(s);
 
 	for (i = 0; i < record->breakpoint_count; i++) {
 		struct breakpoint *bp = &record->breakpoints[i];

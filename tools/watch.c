@@ -74,6 +74,7 @@ RUN_OPTIONS_HELP
 
 enum {
 	OPTION_SHOW = 256,
+	OPTION_LINGER,
 	OPTION_SPREAD,
 	OPTION_SYSCALL,
 	OPTION_SYSCALLS,
@@ -313,6 +314,8 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 		 * between functions, which never runs.
 		 */
 		{ "break-spread", required_argument, NULL, OPTION_SPREAD },
+		/* For tests: how slow to be when asked to leave, see linger() */
+		{ "linger", required_argument, NULL, OPTION_LINGER },
 		{ "syscall", required_argument, NULL, OPTION_SYSCALL },
 		{ "syscalls", no_argument, NULL, OPTION_SYSCALLS },
 		{ "count", required_argument, NULL, 'n' },
@@ -357,6 +360,9 @@ static int parse_options(struct watch *watch, int argc, char **argv,
 				return EXIT_USAGE;
 			}
 			watch->spread = number;
+			break;
+		case OPTION_LINGER:
+			watch->linger = optarg;
 			break;
 		case 'n':
 			if (parse_number(optarg, 1, UINT64_MAX, &number)) {

@@ -40,6 +40,7 @@ struct watch {
 	bool syscalls;			/* some are --syscall */
 	unsigned int spread;		/* --break-spread */
 	struct events events;		/* what else is asked for */
+	const char *linger;		/* --linger: a file; or NULL */
 
 	int stop_fd;			/* readable: clean up and end */
 	atomic_bool stopping;
