@@ -19,10 +19,13 @@ def matrix():
     """{name of a scenario: its rows}"""
     found = {}
     yield found
-    rows = [row for name in gate.SCENARIOS for row in found.get(name, ())]
+    write_matrix("matrix.md", HEAD, gate.SCENARIOS, found)
+
+
+def write_matrix(file, head, scenarios, found):
+    rows = [row for name in scenarios for row in found.get(name, ())]
     if rows:
-        path = host.BUILD / "host/matrix.md"
-        path.write_text(HEAD + "".join(f"| {' | '.join(r)} |\n" for r in rows))
+        (host.BUILD / "host" / file).write_text(head + "".join(f"| {' | '.join(r)} |\n" for r in rows))
 
 
 LONG = ("gate_migrate_stock", "gate_suspend_with_hung_tool")

@@ -5,12 +5,26 @@ import pytest
 
 import host
 import libvirt_scenarios
+from test_gate import note, write_matrix
 
 pytestmark = pytest.mark.amd
 
 
 # What is run without being asked for: the others take long
 USUAL = ("libvirt_suspend_resume", "libvirt_enable_apparmor", "libvirt_capabilities")
+
+HEAD = """| virsh | tool | outcome | waited for it, ms | in all, ms | without a tool, ms |
+|---|---|---|--:|--:|--:|
+"""
+
+
+@pytest.fixture(scope="session")
+def matrices():
+    """{libvirt or libvirt11: {name of a scenario: its rows}}, which are left in build/host"""
+    found = {"libvirt": {}, "libvirt11": {}}
+    yield found
+    for which, scenarios in found.items():
+        write_matrix(f"{which}.md", HEAD, libvirt_scenarios.SCENARIOS, scenarios)
 
 
 def run_meanwhile(amd, name):
@@ -23,11 +37,11 @@ def run_meanwhile(amd, name):
 
 
 @pytest.mark.parametrize("name", [pytest.param(s, marks=() if s in USUAL else pytest.mark.long) for s in libvirt_scenarios.SCENARIOS])
-def test_libvirt(meanwhile, name):
-    print(meanwhile)
+def test_libvirt(meanwhile, matrices, name):
+    note(matrices["libvirt"], name, meanwhile)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", [s.replace("libvirt_", "libvirt11_") for s in libvirt_scenarios.SCENARIOS])
-def test_libvirt11(meanwhile, name):
-    print(meanwhile)
+def test_libvirt11(meanwhile, matrices, name):
+    note(matrices["libvirt11"], name.replace("libvirt11_", "libvirt_"), meanwhile)

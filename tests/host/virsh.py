@@ -18,6 +18,8 @@ from inside import BUILD, QMP, Guest, Late, QMPError, patience, wait_until
 # There if libvirt isn't the machine's: where it is from
 FROM = Path("/run/libvirt-from")
 HOST_UUID = "6b766d69-0000-4000-8000-0000000000{:02x}"
+# How long a hung tool is waited for here, s: users have 5
+DEADLINE = 2
 
 
 class VirshError(Exception):
@@ -57,16 +59,22 @@ def use_libvirt(folder):
 
 
 class Libvirtd:
-    """One host's libvirtd. A second one, for migration, lives in a mount namespace of its own."""
+    """One host's libvirtd. A second one, for migration, lives in a mount namespace of its own, and so do the tools that its QEMUs
+    connect to."""
+    all = []
 
     def __init__(self, name="one", stock=False):
         """stock: QEMU runs as the user and in the name space that Debian has for it."""
         self.name, self.stock = name, stock
         self.dir = Path("/run/libvirt-" + name)
+        self.socket = inside.SOCKET         # where the tool listens
         self.uri = "qemu:///system"
         self.prefix = []
         if name != "one":
             self.uri = f"qemu+unix:///system?socket={self.dir}/run/libvirt-sock"
+            self.socket = self.dir / "tool" / inside.SOCKET.name
+        self.mark = len(self.log())
+        self.all.append(self)
 
     def running(self):
         try:
@@ -94,8 +102,9 @@ namespaces = []"""
                 mkdir -p $d
                 mount -t tmpfs tmpfs $d
             done
-            mkdir -p {self.dir}/run /run/libvirt
+            mkdir -p {self.dir}/run /run/libvirt {self.dir}/tool {inside.DIR}
             mount --bind {self.dir}/run /run/libvirt
+            mount --bind {self.dir}/tool {inside.DIR}
         """
         script.write_text(f"""set -eu
             hostname {self.name}
@@ -130,9 +139,11 @@ END
             output.seek(0)
             assert r.returncode == 0, f"libvirtd did not start: {output.read()}"
         self.virsh("uri", timeout=60)
-        version = re.search(r"libvirt version: (\d+)\.", self.log())[1]
-        assert version == "11" or not FROM.exists(), f"libvirtd is {version}, not that in {FROM.read_text()}"
+        assert self.version() == 11 or not FROM.exists(), f"libvirtd is {self.version()}, not that in {FROM.read_text()}"
         return self
+
+    def version(self):
+        return int(re.search(r"libvirt version: (\d+)\.", self.log())[1])
 
     def stop(self):
         for name in ("libvirtd", "virtlogd"):
@@ -151,6 +162,10 @@ END
 
     def log(self):
         return (self.dir / "log").read_text(errors="replace") if (self.dir / "log").exists() else ""
+
+    def news(self):
+        """What has come to its log since this object was made."""
+        return self.log()[self.mark:]
 
 
 class Domain(Guest):
@@ -189,7 +204,8 @@ class Domain(Guest):
         arguments = ["-qmp", f"unix:{self.monitor},server=on,wait=off", "-D", f"{self.dir}/trace.%d", "-msg", "timestamp=on"]
         if kvmi:
             arguments += ["-trace", "kvmi_*", "-trace", "stop_gate_*",
-                          "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", f"kvmi,id=kvmi0,chardev=tool,silence-timeout-ms={inside.PATIENT_MS}"]
+                          "-chardev", f"socket,id=tool,path={inside.SOCKET},server=off,reconnect-ms=200", "-object", "kvmi,id=kvmi0,chardev=tool,"
+                          f"silence-timeout-ms={inside.PATIENT_MS},unhook-timeout-ms={DEADLINE * 1000}"]
         return f"""<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{self.name}</name>
   <memory unit='MiB'>256</memory>
@@ -239,8 +255,11 @@ class Domain(Guest):
         self.emulator = "/usr/local/bin/qemu-kvmi"
         self.kernel, self.initrd = (shutil.copy(f, self.dir) for f in (self.kernel, self.initrd))
 
-    def create_disk(self):
-        subprocess.run([str(BUILD / "qemu/bin/qemu-img"), "create", "-q", "-f", "qcow2", str(self.disk), "64M"], check=True, timeout=30)
+    def create_disk(self, filled=0):
+        """filled: MiB that have something in them"""
+        subprocess.run([str(BUILD / "qemu/bin/qemu-img"), "create", "-q", "-f", "qcow2", str(self.disk), "64M"], check=True, timeout=patience(30))
+        if filled:
+            subprocess.run([str(BUILD / "qemu/bin/qemu-io"), "-c", f"write -q -P 0x5a 0 {filled}M", str(self.disk)], check=True, timeout=patience(60))
 
     def define(self, **options):
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -271,9 +290,11 @@ class Domain(Guest):
         self.going = to, monitor
         return self.begin("migrate", to.uri, "--unsafe", "--migrateuri", "tcp://127.0.0.1", "--xml", xml, *options, timeout=timeout)
 
-    def moved(self):
+    def moved(self, paused=False):
         self.libvirtd, self.monitor = self.going
-        self.booted()
+        self.attach()
+        if not paused:
+            self.wait_alive(400)
 
     def rebooted(self):
         """In the same QEMU, after another()."""
