@@ -678,13 +678,15 @@ def libvirt_migrate(d):
             o.again()
 
 
-def there_and_back(d, operation, *options):
+def there_and_back(d, operation, *options, meanwhile=lambda o: None):
     """To a host without a tool, where the guest just runs."""
     before, home = code(d), d.libvirtd
     with second_host(d) as two:
         for o in each_tool(d, operation):
             with o:
-                d.migrate(two, *options).result()
+                job = d.migrate(two, *options)
+                meanwhile(o)
+                job.result()
             o.check("migrate", ended=True)
             d.moved()
             same_memory(before, code(d), "on the other host")
@@ -703,7 +705,17 @@ def libvirt_migrate_p2p(d):
 @scenario(timeout=600)
 def libvirt_migrate_postcopy(d):
     """A migration that becomes a post-copy one: the rest of the memory follows the guest."""
-    there_and_back(d, "migrate --postcopy", "--live", "--postcopy", "--postcopy-after-precopy")
+    def switch(o):
+        memory_sent(d)
+        d.virsh("migrate-postcopy")
+        o.qmp.event("MIGRATION", since=o.mark, status="postcopy-active")
+
+    # so slow that it does not end before
+    there_and_back(d, "migrate --postcopy", "--live", "--postcopy", "--bandwidth", "2", meanwhile=switch)
+
+
+def memory_sent(d):
+    wait_until(lambda: re.search(r"Memory processed: +[1-9]", d.virsh("domjobinfo")), 40, "memory to be sent")
 
 
 @scenario()
@@ -722,7 +734,7 @@ def libvirt_migrate_abort(d):
         told, mark = w.mark(), d.qmp.mark()
         job = d.migrate(two, "--live", "--bandwidth", "1")
         d.qmp.event("KVMI_UNHOOKED", since=mark, timeout=40)
-        wait_until(lambda: "Data processed" in d.virsh("domjobinfo"), 20, "memory to be sent")
+        memory_sent(d)
         assert info(d)["state"] != "hooked", "hooked while its memory is copied"
         aborted(d, job, "prompt", mark, w)
         hooked_again(d, w, told)
