@@ -222,11 +222,16 @@ class Guest:
             self.wait_alive(400)
         return self
 
-    def tell(self, command):
-        """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
+    def hang_up(self):
+        """Make room for another who wants to tell() the guest something: one at a time can."""
         if self.console:
             self.console.shutdown(socket.SHUT_RDWR)
             self.console.close()
+            self.console = None
+
+    def tell(self, command):
+        """Have the guest itself do something, see guest/busy.c. It may be too late for it to tell that it has heard."""
+        self.hang_up()
         # Open until the guest has read it: QEMU forgets what it has not read when we hang up
         self.console = socket.socket(socket.AF_UNIX)
         self.console.connect(str(self.dir / "console"))

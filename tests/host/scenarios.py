@@ -88,7 +88,9 @@ def stop(g, timeout=20):
 
 
 def expect(outcome, data):
-    assert data["outcome"] == outcome, f"expected the outcome {outcome}, got {data}"
+    """outcome: or several that are possible"""
+    possible = (outcome,) if isinstance(outcome, str) else outcome
+    assert data["outcome"] in possible, f"expected the outcome {' or '.join(possible)}, got {data}"
 
 
 def cont(g):
@@ -1315,6 +1317,7 @@ def run(function):
             g, marker = prepare(function)
         function(g)
         if g and not g.spoilt:
+            g.hang_up()
             marker.touch()
     except BaseException as e:
         traceback.print_exc()
