@@ -6,7 +6,9 @@
 
 Each combination of a way and a tool is a line of the matrix that the tests leave in build/host/matrix.md.
 """
+import contextlib
 import functools
+import json
 import os
 import signal
 import socket
@@ -17,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import fault
 import scenarios
 from inside import (BUILD, DIR, GET_VERSION, HMP, HOT, PAUSE_VCPU, QMP, SOCKET, WRITE_PHYSICAL, Guest, QMPError, RawTool,
                     wait_until)
@@ -28,8 +31,17 @@ LONG = bool(os.environ.get("KVMI_LONG"))
 DEADLINE = 1500         # ms: what a tool gets that does not leave
 SLOW = 0.7              # s: what a slow tool takes
 
+COLD = fault.COLD[:3]   # functions that a guest of ours never calls: no vCPU waits at a breakpoint there
+
 # The numbers of linux/kvmi.h that only this needs
 VCPU_EVENT, PAUSE, CRASH = 1, 1, 2
+
+
+def plant(raw, places):
+    """Write an INT3 to each."""
+    for gpa in places:
+        error, _ = raw.command(WRITE_PHYSICAL, struct.pack("=QHHI", gpa, 1, 0, 0) + fault.INT3)
+        assert error == 0, f"writing to {gpa:#x} gave {error}"
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------
@@ -37,9 +49,10 @@ VCPU_EVENT, PAUSE, CRASH = 1, 1, 2
 
 class Tool:
     """A kind of tool: how it comes, what it does while it is waited for, and how the session should end."""
-    outcome = None          # None: there is no session to end
+    name = outcome = None   # of its session; several are possible ones, None: there is no session to end
     least, most = 0, DEADLINE / 1000 - 0.1      # s: how long it may take to end the session
     planted = False         # it has breakpoints in the guest
+    restored = None         # how many bytes KVM has to put back, if that is known
 
     def __init__(self, g):
         self.g = g
@@ -56,6 +69,15 @@ class Tool:
     def unhooking(self, mark):
         self.g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="unhooking")
 
+    def follow(self, target):
+        """The guest runs on elsewhere: is it there, too?"""
+        wait_state(target, "connecting")
+
+    def places(self, names):
+        """Where these functions lie in the guest's physical memory"""
+        start = self.g.text()[0]
+        return [start + o for o in scenarios.breakpoint_offsets(self.g, names)]
+
 
 class NoTool(Tool):
     name = "none"
@@ -68,10 +90,16 @@ class Prompt(Tool):
 
     def __enter__(self):
         self.watch = scenarios.hook(self.g, *self.breaks, hits=self.hits, options=self.options)
+        self.mark = self.watch.mark()
         return self
 
     def __exit__(self, *exc):
         self.watch.kill()
+
+    def follow(self, target):
+        wait_state(target, "hooked")
+        self.watch.event("planted", since=self.mark, timeout=60)
+        self.watch.event("hit", since=self.watch.mark(), count=3, timeout=60)
 
 
 class Hung(Prompt):
@@ -82,13 +110,28 @@ class Hung(Prompt):
     def __enter__(self):
         super().__enter__()
         self.watch.signal(signal.SIGSTOP)
+        if self.hits:
+            self.both_wait()
         return self
+
+    def both_wait(self):
+        """Each vCPU has an event open, or will have at once: what they count stands still."""
+        seen = []
+
+        def still():
+            seen.append(self.g.calls()[0])
+            return len(seen) > 3 and len(set(seen[-4:])) == 1
+        wait_until(still, 20, "the guest to stand still, with a tool that hangs", pause=0.15)
+
+    def follow(self, target):
+        self.watch.signal(signal.SIGCONT)
+        super().follow(target)
 
 
 class Aside(Hung):
     """Hangs with breakpoints where the guest doesn't come by: no vCPU waits for it"""
     name = "hung, vCPUs free"
-    breaks, hits = ("kernel_halt", "kernel_power_off", "emergency_restart"), 0
+    breaks, hits, restored = COLD, 0, len(COLD)     # what it could not take out, KVM has
 
 
 class Slow(Hung):
@@ -97,6 +140,7 @@ class Slow(Hung):
     least, most = SLOW - 0.2, DEADLINE / 1000 - 0.1
 
     def during(self, mark):
+        self.unhooking(mark)
         threading.Timer(SLOW, self.watch.signal, [signal.SIGCONT]).start()
 
 
@@ -109,17 +153,47 @@ class Killed(Hung):
         self.unhooking(mark)
         self.watch.kill()
 
+    def follow(self, target):
+        Tool.follow(self, target)
+
+
+class HungAsked(Tool):
+    """Hangs when it has heard that it is to leave"""
+    name, outcome, planted, step, restored = "hung when asked", "forced", True, "asked", len(fault.COLD)
+    least, most = Hung.least, Hung.most
+
+    def __enter__(self):
+        mark = self.g.qmp.mark()
+        self.process = fault.Process(self.places(HOT), self.places(fault.COLD), self.step, "hung")
+        wait_until(lambda: self.process.told(b"r"), 40, "the tool to plant its breakpoints")
+        wait_state(self.g, "hooked", mark)
+        return self
+
+    def __exit__(self, *exc):
+        self.process.__exit__(*exc)
+
+
+class HungRemoving(HungAsked):
+    """… when it has taken out every other breakpoint"""
+    name, step, restored = "hung, half of it removed", "removing", len(fault.COLD) // 2
+
 
 class Deaf(Tool):
-    """Not subscribed to the event that asks it to leave"""
+    """Not subscribed to the event that asks it to leave; it has breakpoints, too"""
     name, outcome, most = "deaf", "not-subscribed", 1
+    planted, restored = True, len(COLD)
 
     def __enter__(self):
         self.raw = RawTool()
         mark = self.g.qmp.mark()
         self.raw.accept().answer()
         wait_state(self.g, "hooked", mark)
+        plant(self.raw, self.places(COLD))
         return self
+
+    def follow(self, target):
+        self.raw.accept().answer()
+        wait_state(target, "hooked")
 
     def __exit__(self, *exc):
         self.raw.__exit__()
@@ -160,8 +234,13 @@ class Chatty(Deaf):
 
 ALL = (NoTool, Prompt, Slow, Hung, Killed, Deaf, Chatty)
 FEW = (Prompt, Hung)
-# For ways that wait as others do, and take longer
+LATE = (HungAsked, HungRemoving)
+# For ways that wait as others do, or take longer
 USUAL = ALL if LONG else (NoTool, *FEW)
+FEWER = ALL if LONG else FEW
+# What a tool does while it is waited for makes no difference to a way that doesn't wait. One that hangs must not keep vCPUs from running
+# if it is the guest that does it.
+CUT = (NoTool, Prompt, Aside, Deaf)
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -173,6 +252,7 @@ class Way:
     waits = True                # is the tool waited for?
     stops = False               # is the guest stopped afterwards?
     patches = False             # does the guest's kernel patch itself on this way?
+    lag = 0                     # s: how late the host was at worst meanwhile
 
     def __init__(self, g, before):
         self.g, self.before = g, before
@@ -196,7 +276,7 @@ class Way:
 
     def same_code(self, now, what):
         if self.patches:
-            places = scenarios.breakpoint_offsets(self.g, HOT + Aside.breaks)
+            places = scenarios.breakpoint_offsets(self.g, HOT + fault.COLD)
             assert [now[p] for p in places] == [self.before[p] for p in places], f"{what}: a breakpoint is left"
         else:
             same_memory(self.before, now, what)
@@ -231,9 +311,8 @@ def combine(g, way_class, tools, options=None):
                 assert end["action"] == way.action, end
                 outcome = end["outcome"]
                 expect(tool.outcome if way.waits else "forced", end)
-                if tool_class is Aside:
-                    # what it could not take out, KVM has
-                    assert end["restored"] == len(tool.breaks), end
+                if tool.restored is not None:
+                    assert end["restored"] == tool.restored, end
                 if way.waits:
                     most = tool.most + 4 * pulse.lag
                     assert tool.least <= ms / 1000 <= most, f"{ms} ms: {tool.least} to {most} s were expected"
@@ -242,6 +321,7 @@ def combine(g, way_class, tools, options=None):
                 if way.waits and tool_class in (Slow, Hung):
                     assert "unhooking" in pulse.states, pulse.states
             pulse.check()
+            way.lag = pulse.lag
             way.check(tool)
         way.after()
         g.wait_alive()
@@ -278,7 +358,8 @@ class Target:
 
 def set_capabilities(g, *names):
     g.qmp.execute("migrate-set-capabilities", capabilities=[
-        {"capability": c, "state": c in names} for c in ("events", "multifd", "postcopy-ram", "background-snapshot")])
+        {"capability": c, "state": c == "events" or c in names}
+        for c in ("events", "multifd", "postcopy-ram", "background-snapshot", "return-path")])
 
 
 def migrate_status(g):
@@ -299,14 +380,27 @@ class MigrateFile(Way):
 
     def begin(self):
         set_capabilities(self.g, *self.capabilities)
+        self.mark = self.g.qmp.mark()
         self.g.qmp.execute("migrate", uri=self.uri)
 
     def done(self):
         return migrate_status(self.g) in ("completed", "failed", "cancelled")
 
+    def check_resumed(self, tool):
+        """The migration went on as soon as the tool had gone: not when it looked, which it would every 250 ms."""
+        if tool.outcome is None or tool.outcome == "not-subscribed":
+            return
+        begin = self.g.qmp.event("KVMI_STATE_CHANGED", since=self.mark, state="unhooking")["us"]
+        # The event comes later than what it tells of
+        unhooked = begin + self.g.qmp.event("KVMI_UNHOOKED", since=self.mark)["data"]["duration"]
+        late = (self.g.qmp.event("MIGRATION", since=self.mark, status="active")["us"] - unhooked) / 1000
+        print(f"resumed {late:.1f} ms after the guest was let go")
+        assert late < 100 + 1000 * self.lag, f"resumed only {late} ms after the guest was let go"
+
     def check(self, tool):
         g = self.g
         assert migrate_status(g) == "completed", g.qmp.execute("query-migrate")
+        self.check_resumed(tool)
         if self.stops:
             same_memory(self.before, code(g), f"migrated: {self.name}")
         if tool.planted:
@@ -324,6 +418,7 @@ class MigrateFd(MigrateFile):
         with open(f"{DIR}/saved", "wb") as f:
             self.g.qmp.result(self.g.qmp.send("getfd", fds=[f.fileno()], fdname="saved"))
         set_capabilities(self.g)
+        self.mark = self.g.qmp.mark()
         self.g.qmp.execute("migrate", uri="fd:saved")
 
 
@@ -334,72 +429,82 @@ class BackgroundSnapshot(MigrateFile):
 @scenario(timeout=200)
 def gate_migrate_to_file(g):
     """Migration to a file, with all kinds of tools."""
-    combine(g, MigrateFile, ALL)
+    combine(g, MigrateFile, (*ALL, *LATE) if LONG else ALL)
 
 
 @scenario()
 def gate_migrate_to_fd(g):
     """Migration to a file that is open already."""
-    combine(g, MigrateFd, (NoTool, Prompt, Hung))
+    combine(g, MigrateFd, USUAL)
 
 
-@scenario()
+@scenario(timeout=300 if LONG else 120)
 def gate_background_snapshot(g):
     """A background snapshot: the guest runs on, but the tool comes back only when it is complete."""
-    combine(g, BackgroundSnapshot, (Prompt,))
+    combine(g, BackgroundSnapshot, FOLLOWERS if LONG else (Prompt,))
 
 
-def live(g, *capabilities):
-    """Migrate to a second QEMU with the tool following; returns the time that it took."""
-    before = code(g)
-    name = " ".join(capabilities) or "pre-copy"
-    uri = "unix:/run/migration"
-    with Prompt(g) as tool, Target(uri, kvmi=True, capabilities=capabilities) as target:
-        t = target.guest
-        set_capabilities(g, *capabilities)
-        mark, tool_mark, pulse, begin = g.qmp.mark(), tool.watch.mark(), Pulse(g), time.monotonic()
-        g.qmp.execute("migrate", uri=uri)
-        if "postcopy-ram" in capabilities:
-            wait_until(lambda: migrate_status(g) in ("active", "postcopy-active", "completed"), 20, "the migration to begin")
-            g.qmp.execute("migrate-start-postcopy")
-        pulse.until(lambda: migrate_status(g) in ("completed", "failed"), 60, "the migration to end")
-        took = time.monotonic() - begin
+# The tools whose way from one QEMU to another differs
+FOLLOWERS = (NoTool, Prompt, Hung, Killed, Deaf)
+
+
+class MigrateLive(MigrateFile):
+    """To a second QEMU with an object of its own; the tool leaves on the source and comes back on the target."""
+    name, uri = "migrate live, pre-copy", "unix:/run/migration"
+
+    def __init__(self, g, before):
+        super().__init__(g, before)
+        self.target = Target(self.uri, kvmi=True, capabilities=self.capabilities)
+
+    def check(self, tool):
+        g, t = self.g, self.target.guest
         assert migrate_status(g) == "completed", g.qmp.execute("query-migrate")
-        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
-        expect("clean", end)
-        assert end["action"] == "migrate", end
-        states = [e["data"]["state"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_STATE_CHANGED"]
-        assert states == ["unhooking", "unhooked"], f"on the source: {states}"
-        target.loaded()
-        same_code_in_target(before, g, t, "the paused target")
+        self.check_resumed(tool)
+        states = [e["data"]["state"] for e in g.qmp.events[self.mark:] if e["event"] == "KVMI_STATE_CHANGED"]
+        asked = tool.outcome not in (None, "not-subscribed")
+        assert states == ["unhooking"] * asked + ["unhooked"], f"on the source: {states}"
+        self.target.loaded()
+        same_code_in_target(self.before, g, t, "the paused target")
         # The tool is let in there as soon as the guest runs.
         assert info(t)["state"] == "unhooked", info(t)
         t.qmp.execute("cont")
-        wait_state(t, "hooked")
-        tool.watch.event("hit", since=tool_mark, count=5, timeout=60)
+        tool.follow(t)
         t.wait_alive()
-        record(f"migrate live, {name}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", f"{max(pulse.ms):.0f}")
-    # The guest of the source is the same one, and the one we go on with
-    cont(g)
-    same_memory(before, code(g), "back on the source")
+        t.kill()            # The guest of the source is the same one, and the one we go on with
+
+class MigrateMultifd(MigrateLive):
+    name, capabilities = "migrate live, multifd", ("multifd",)
 
 
-@scenario()
+class MigratePostcopy(MigrateLive):
+    name, capabilities = "migrate live, postcopy-ram", ("postcopy-ram",)
+
+    def begin(self):
+        super().begin()
+        # as soon as it is active
+        self.g.qmp.execute("migrate-start-postcopy")
+
+    def check(self, tool):
+        self.g.qmp.event("MIGRATION", since=self.mark, status="postcopy-active")
+        super().check(tool)
+
+
+@scenario(timeout=300 if LONG else 120)
 def gate_migrate_live(g):
     """Pre-copy: the tool leaves on the source and comes back on the target."""
-    live(g)
+    combine(g, MigrateLive, FOLLOWERS if LONG else (Prompt,))
 
 
-@scenario()
+@scenario(timeout=300 if LONG else 120)
 def gate_migrate_multifd(g):
     """Likewise with several channels."""
-    live(g, "multifd")
+    combine(g, MigrateMultifd, FOLLOWERS if LONG else (Prompt,))
 
 
-@scenario()
+@scenario(timeout=300 if LONG else 120)
 def gate_migrate_postcopy(g):
     """Likewise with post-copy."""
-    live(g, "postcopy-ram")
+    combine(g, MigratePostcopy, FOLLOWERS if LONG else (Prompt,))
 
 
 @scenario()
@@ -454,16 +559,21 @@ def gate_migrate_target_only(g):
     cont(g)
 
 
-@scenario(timeout=300, guest=False)
+@scenario(timeout=900 if LONG else 300, guest=False)
 def gate_migrate_stock(_):
-    """To stock QEMU and back: the stream is the same with the object as without it."""
+    """To stock QEMU and back: the stream is the same with the object as without it; with other machines' types, too."""
+    for machine in (None, "pc-q35-9.2", "pc-i440fx-9.2") if LONG else (None,):
+        migrate_stock({"machine": machine} if machine else {})
+
+
+def migrate_stock(machine):
     stock, there, back = BUILD / "qemu-stock/bin/qemu-system-x86_64", Guest(Path("/run/stock")), Guest(Path("/run/back"))
-    g = Guest().start()
+    g = Guest().start(**machine)
     started = []
     try:
         for name, source, target, qemu, kvmi in (("there", g, there, stock, False), ("back", there, back, g.qemu, True)):
             target.qemu = qemu
-            target.start(kvmi=kvmi, extra=("-S", "-incoming", "defer"), alive=False)
+            target.start(kvmi=kvmi, extra=("-S", "-incoming", "defer"), alive=False, **machine)
             started.append(target)
             with Prompt(g) if source is g else NoTool(g) as tool:
                 for side in (source, target):
@@ -478,7 +588,7 @@ def gate_migrate_stock(_):
                     tool.watch.signal(signal.SIGTERM)
             target.qmp.execute("cont")
             target.wait_alive()
-            print(f"migrated {name}: {target.qmp.execute('query-version')}")
+            print(f"migrated {name}: {machine} {target.qmp.execute('query-version')}")
     finally:
         for guest in (g, *started):
             guest.kill()
@@ -546,6 +656,53 @@ def gate_migrate_start_time(g):
     cont(g)
 
 
+@scenario(timeout=200)
+def gate_migrate_start_time_live(g):
+    """To a target that does not know of the start time: the migration fails, the guest runs on here and is hooked again. If only the target
+    does, the guest gets the time at which it came there."""
+    uri, capabilities = "unix:/run/migration", ("return-path",)
+    scenarios.remove_object(g)
+    g.qmp.execute("object-add", **g.kvmi_options(migrate_start_time=True))
+    before = code(g)
+    with Prompt(g) as tool:
+        with Target(uri, capabilities=capabilities) as target:
+            set_capabilities(g, *capabilities)
+            mark = g.qmp.mark()
+            g.qmp.execute("migrate", uri=uri)
+            wait_until(lambda: migrate_status(g) in ("failed", "completed"), 60, "the migration to fail")
+            print(g.qmp.execute("query-migrate"))
+            assert migrate_status(g) == "failed"
+            wait_until(lambda: "'kvmi'" in (target.guest.dir / "stderr").read_text(), 20, "the target's error")
+        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate")["data"])
+        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
+        assert g.qmp.execute("query-status")["running"]
+        tool.watch.event("hit", since=tool.watch.mark(), count=3, timeout=60)
+        g.wait_alive()
+    scenarios.remove_object(g)
+    wait_until(lambda: not has_object(g), 10, "the object to go")
+    g.qmp.execute("object-add", **g.kvmi_options())
+    started = hello(g)
+    time.sleep(1.1)         # the start time counts seconds
+    with Target(uri, capabilities=capabilities, extra=("-object", "kvmi,id=k,chardev=tool,migrate-start-time=on")) as target:
+        g.qmp.execute("migrate", uri=uri)
+        wait_until(lambda: migrate_status(g) in ("failed", "completed"), 60, "the migration")
+        assert migrate_status(g) == "completed", g.qmp.execute("query-migrate")
+        target.loaded()
+        same_code_in_target(before, g, target.guest, "the target")
+        target.guest.qmp.execute("cont")
+        there = hello(target.guest)
+        assert there > started, f"started at {started}, on the target at {there}"
+        target.guest.wait_alive()
+    cont(g)
+
+
+def has_object(g):
+    try:
+        return info(g)
+    except QMPError:
+        return None
+
+
 # --- pause, debugger --------------------------------------------------------------------------------------------------
 
 
@@ -569,56 +726,119 @@ class HumanStop(Human):
     name, action, stops, line = "stop (HMP)", "stop", True, "stop"
 
 
+class GDB:
+    """A debugger, as far as this needs one. QEMU stops the guest when it connects."""
+
+    def __init__(self, g):
+        path = f"{DIR}/gdb"
+        if not os.path.exists(path):
+            g.hmp(f"gdbserver unix:{path},server=on,wait=off")
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(path)
+        self.sock.setblocking(False)
+        self.got = b""
+
+    def send(self, packet):
+        self.sock.sendall(b"+$%s#%02x" % (packet, sum(packet) % 256))
+
+    def heard(self, what):
+        try:
+            self.got += self.sock.recv(4096)
+        except BlockingIOError:
+            pass
+        return what in self.got
+
+    def ask(self, packet, answer):
+        self.got = b""
+        self.send(packet)
+        wait_until(lambda: self.heard(answer), 20, f"gdb's answer to {packet}")
+
+    def go_on(self):
+        self.got = b""
+        self.send(b"c")
+
+    def detach(self, g):
+        self.send(b"D")
+        wait_until(lambda: g.qmp.execute("query-status")["running"], 10, "the guest to run when gdb is detached")
+        self.sock.close()
+
+
 class Debugger(Way):
     """A debugger connects and asks why the guest has stopped."""
     name, action, stops = "gdb", "debug", True
 
     def begin(self):
-        path = f"{DIR}/gdb"
-        if not os.path.exists(path):
-            self.g.hmp(f"gdbserver unix:{path},server=on,wait=off")
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(path)
-        self.sock.sendall(b"$?#3f")
-        self.sock.setblocking(False)
-        self.got = b""
+        self.gdb = GDB(self.g)
+        self.gdb.send(b"?")
 
     def done(self):
-        try:
-            self.got += self.sock.recv(4096)
-        except BlockingIOError:
-            pass
-        return b"$T" in self.got
+        return self.gdb.heard(b"$T")
 
     def check(self, tool):
         assert self.g.qmp.execute("query-status")["status"] == "paused"
         same_memory(self.before, code(self.g), "stopped by a debugger")
 
     def after(self):
-        self.sock.setblocking(True)
-        self.sock.sendall(b"+$D#44")
-        wait_until(lambda: self.g.qmp.execute("query-status")["running"], 10, "the guest to run when gdb is detached")
-        self.sock.close()
+        self.gdb.detach(self.g)
+
+
+class Interrupt(Debugger):
+    """A debugger that lets the guest run interrupts it."""
+    name = "gdb, ^C"
+
+    def __init__(self, g, before):
+        super().__init__(g, before)
+        self.gdb = GDB(g)
+        self.gdb.ask(b"?", b"$T")
+        self.prepare()
+        self.gdb.go_on()
+        g.wait_alive()
+
+    def prepare(self):
+        pass
+
+    def begin(self):
+        self.gdb.sock.sendall(b"\x03")
+
+
+class DebuggerBreakpoint(Interrupt):
+    """The guest runs into a breakpoint of the debugger's, which can't wait."""
+    name, waits = "gdb, breakpoint", False
+
+    def prepare(self):
+        # in what the guest calls only when it is told to; one of the CPU's own, so that the guest's code is the same with it
+        function = self.g.text()[2] + scenarios.breakpoint_offsets(self.g, ["__x64_sys_getdents64"])[0]
+        self.place = b"1,%x,1" % function
+        self.gdb.ask(b"Z" + self.place, b"$OK")
+
+    def begin(self):
+        self.said = len(self.g.output())
+        self.g.tell("list processes")
+
+    def check(self, tool):
+        assert self.g.qmp.execute("query-status")["status"] == "debug"
+        same_memory(self.before, code(self.g), "stopped by a debugger's breakpoint")
+
+    def after(self):
+        self.gdb.ask(b"z" + self.place, b"$OK")
+        super().after()
+        wait_until(lambda: "guest: that was all\n" in self.g.output()[self.said:], 60, "the guest to have listed its processes")
 
 
 @scenario()
 def gate_gdb_interrupts(g):
     """What a debugger sends in one piece with its ^C is for the stopped guest, too: it is answered when the tool was waited for."""
     g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=DEADLINE)
-    gdb = Debugger(g, None)
-    gdb.begin()
-    wait_until(gdb.done, 10, "gdb's stop")
-    gdb.sock.sendall(b"+$c#63")
-    wait_until(lambda: g.qmp.execute("query-status")["running"], 10, "the guest to run on")
+    way = Interrupt(g, None)
     with Hung(g) as tool:
-        mark = g.qmp.mark()
+        mark, gdb = g.qmp.mark(), way.gdb
+        gdb.got = b""
         gdb.sock.sendall(b"\x03$qAttached#8f")
         tool.unhooking(mark)
-        gdb.got = b""
-        wait_until(lambda: gdb.done() and b"+$1#31" in gdb.got, 20, f"the answers to ^C and to what came with it: {gdb.got}")
+        wait_until(lambda: gdb.heard(b"+$1#31") and b"$T" in gdb.got, 20, f"the answers to ^C and to what came with it: {gdb.got}")
         expect("forced", g.qmp.event("KVMI_UNHOOKED", since=mark, action="debug")["data"])
         assert g.qmp.execute("query-status")["status"] == "paused"
-        gdb.after()
+        way.after()
     g.wait_alive()
 
 
@@ -635,6 +855,25 @@ INTEL = {}
 def intel_stop(g):
     """On the Intel host: QMP's stop with a tool that leaves, and with one that hangs."""
     combine(g, Stop, (NoTool, *FEW))
+
+
+@scenario(timeout=1500, into=INTEL)
+def intel_migrate_to_file(g):
+    """On the Intel host: what is saved there is clean."""
+    combine(g, MigrateFile, (Prompt, Aside))
+
+
+@scenario(timeout=1500, into=INTEL)
+def intel_dump(g):
+    """On the Intel host: so is what is dumped."""
+    combine(g, Dump, (Prompt, Aside))
+
+
+@scenario(timeout=1500, into=INTEL)
+def intel_panic(g):
+    """On the Intel host: what can't wait leaves the guest clean, too."""
+    g.qmp.execute("set-action", panic="pause")
+    combine(g, Panic, (Prompt, Aside))
 
 
 VSOCK = "5000"
@@ -668,11 +907,13 @@ def gate_vsock(g):
     g.qmp.execute("chardev-remove", id="vsock")
 
 
-@scenario(timeout=150)
+@scenario(timeout=400 if LONG else 200)
 def gate_stop_by_others(g):
     """The human monitor's stop, and a debugger's."""
-    combine(g, HumanStop, (Prompt,))
-    combine(g, Debugger, (NoTool, *FEW))
+    combine(g, HumanStop, FEWER)
+    combine(g, Debugger, USUAL)
+    combine(g, Interrupt, ALL if LONG else (Prompt,))
+    combine(g, DebuggerBreakpoint, CUT if LONG else (Prompt, Aside))
 
 
 # --- snapshots and dumps ----------------------------------------------------------------------------------------------
@@ -760,16 +1001,16 @@ class DumpHuman(Dump, Human):
         Human.begin(self)
 
 
-@scenario(timeout=200)
+@scenario(timeout=300 if LONG else 200)
 def gate_savevm(g):
     """An internal snapshot by HMP's savevm."""
-    combine(g, Savevm, USUAL)
+    combine(g, Savevm, (*ALL, *LATE) if LONG else USUAL)
 
 
-@scenario(timeout=120)
+@scenario(timeout=300 if LONG else 120)
 def gate_snapshot_save(g):
     """An internal snapshot by QMP's job."""
-    combine(g, SnapshotSave, FEW)
+    combine(g, SnapshotSave, FEWER)
 
 
 @scenario(timeout=120)
@@ -794,14 +1035,17 @@ def gate_snapshot_save_cancelled(g):
 @scenario(timeout=200)
 def gate_dump(g):
     """dump-guest-memory: the guest runs on until the tool has left, stops for the dump, and the tool comes back."""
-    combine(g, Dump, USUAL)
+    combine(g, Dump, (*USUAL, *LATE))
 
 
-@scenario(timeout=120)
+@scenario(timeout=300 if LONG else 120)
 def gate_dump_otherwise(g):
     """Detached, and by HMP."""
-    combine(g, DumpDetached, FEW)
-    combine(g, DumpHuman, (Prompt,))
+    combine(g, DumpDetached, FEWER)
+    combine(g, DumpHuman, FEWER)
+    # and errors get to the monitor
+    said = g.qmp.execute("human-monitor-command", command_line="dump-guest-memory /nowhere/elf")
+    assert "/nowhere/elf" in said, said
 
 
 @scenario(timeout=120)
@@ -839,6 +1083,154 @@ def gate_several_at_once(g):
         human.sock.close()
         assert g.qmp.execute("query-status")["running"]
     assert g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
+
+
+@contextlib.contextmanager
+def waiting(g, begin):
+    """begin() makes something wait for a tool that hangs. Yields (mark, tool) meanwhile; the tool has to be woken up, see end_of_wait()."""
+    with Hung(g) as tool:
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=30000)
+        mark = g.qmp.mark()
+        begin()
+        tool.unhooking(mark)
+        yield mark, tool
+        wait_state(g, "hooked", mark)
+
+
+def end_of_wait(g, mark, tool, action):
+    """The tool wakes up and leaves; it was asked once."""
+    tool.watch.signal(signal.SIGCONT)
+    end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+    assert (end["action"], end["outcome"]) == (action, "clean"), end
+
+
+def kinds(g, mark):
+    return [e["event"] for e in g.qmp.events[mark:]]
+
+
+@scenario(timeout=200)
+def gate_cont_meanwhile(g):
+    """cont while something waits: it is the contrary of a debugger's stop, which is forgotten; not of a migration or a snapshot."""
+    before = code(g)
+    way = MigrateFile(g, before)
+    with waiting(g, way.begin) as (mark, tool):
+        g.hmp("cont")
+        end_of_wait(g, mark, tool, "migrate")
+        wait_until(way.done, 30, "the migration")
+        assert migrate_status(g) == "completed", migrate_status(g)
+        same_memory(before, code(g), "migrated, with a cont meanwhile")
+        os.unlink(f"{DIR}/saved")
+        cont(g)
+    way = SnapshotSave(g, before)
+    with waiting(g, way.begin) as (mark, tool):
+        g.hmp("cont")
+        end_of_wait(g, mark, tool, "save")
+        wait_until(way.done, 30, "the snapshot")
+        way.check(tool)
+    debugger = []
+    with waiting(g, lambda: debugger.append(GDB(g))) as (mark, tool):
+        g.hmp("cont")
+        end_of_wait(g, mark, tool, "debug")
+        wait_state(g, "hooked", mark)
+        g.wait_alive()
+        assert g.qmp.execute("query-status")["running"] and "STOP" not in kinds(g, mark), kinds(g, mark)
+    # and it can stop the guest still
+    debugger[0].ask(b"?", b"$T")
+    debugger[0].detach(g)
+
+
+@scenario(timeout=200)
+def gate_two_at_once(g):
+    """A migration and something else wait for the same tool, which is asked once: each gets what it wanted, or is told that it can't be."""
+    before = code(g)
+
+    def migrated(other):
+        wait_until(lambda: migrate_status(g) == "completed", 60, "the migration")
+        assert kinds(g, mark).count("KVMI_UNHOOKED") == 1, kinds(g, mark)
+        same_memory(before, code(g), f"migrated, with {other} meanwhile")
+        with Target(f"file:{DIR}/saved") as target:
+            target.loaded()
+            same_code_in_target(before, g, target.guest, f"the migration, with {other} meanwhile")
+        os.unlink(f"{DIR}/saved")
+
+    migrate = MigrateFile(g, before)
+    with waiting(g, migrate.begin) as (mark, tool):
+        number = g.qmp.send("stop")
+        end_of_wait(g, mark, tool, "migrate")
+        g.qmp.result(number, 20, "the answer to stop")
+        migrated("stop")
+        assert kinds(g, mark).count("STOP") == 1, kinds(g, mark)
+        cont(g)
+    with waiting(g, migrate.begin) as (mark, tool):
+        number = g.qmp.send("human-monitor-command", command_line="savevm snap")
+        end_of_wait(g, mark, tool, "migrate")
+        answer = g.qmp.result(number, 20, "the answer to savevm")
+        assert "migration" in answer, answer
+        assert "no snapshot" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
+        migrated("savevm")
+        cont(g)
+    dump = Dump(g, before)
+    with waiting(g, dump.begin) as (mark, tool):
+        human = HMP()
+        human.send(f"migrate -d file:{DIR}/saved")
+        human.prompt("migrate")
+        human.sock.close()
+        end_of_wait(g, mark, tool, "save")
+        try:
+            g.qmp.result(dump.number, 20, "the answer to dump-guest-memory")
+            raise AssertionError("dumped in the middle of a migration")
+        except QMPError as e:
+            print(e)
+        migrated("dump-guest-memory")
+        cont(g)
+
+
+@scenario(timeout=120)
+def gate_client_gone(g):
+    """Who asked for a dump hangs up while it waits: it is made all the same. A debugger does: the guest is stopped; it can be continued."""
+    before = code(g)
+    way = Dump(g, before)
+
+    def begin():
+        other = QMP(DIR / "qmp2")
+        other.send("dump-guest-memory", paging=False, protocol=f"file:{way.file}")
+        others.append(other)
+    others = []
+    with waiting(g, begin) as (mark, tool):
+        others[0].close()
+        end_of_wait(g, mark, tool, "save")
+        g.qmp.event("DUMP_COMPLETED", since=mark)
+        start, end, _ = g.text()
+        same_memory(before, dumped(way.file, start, end), "the dump")
+        os.unlink(way.file)
+        g.wait_alive()
+    debugger = []
+    with waiting(g, lambda: debugger.append(GDB(g))) as (mark, tool):
+        debugger[0].sock.close()
+        end_of_wait(g, mark, tool, "debug")
+        g.qmp.event("STOP", since=mark)
+        same_memory(before, code(g), "stopped by a debugger that has gone")
+        cont(g)
+
+
+@scenario()
+def gate_other_monitors(g):
+    """QEMU does one in-band command after the other, of whichever QMP monitor; out-of-band ones and HMP don't wait for a stop."""
+    other = QMP(DIR / "qmp2")
+    numbers = []
+    with waiting(g, lambda: numbers.append(g.qmp.send("stop"))) as (mark, tool):
+        late = other.send("query-status")
+        g.hmp("info status")
+        for monitor in (g.qmp, other):
+            assert monitor.execute("query-kvmi", oob=True)["state"] == "unhooking"
+        time.sleep(0.3)
+        other.execute("query-kvmi", oob=True)
+        assert late not in other.replies and numbers[0] not in g.qmp.replies
+        end_of_wait(g, mark, tool, "stop")
+        g.qmp.result(numbers[0])
+        assert other.result(late)["status"] == "paused"
+        other.close()
+        cont(g)
 
 
 # --- what can't wait --------------------------------------------------------------------------------------------------
@@ -891,10 +1283,10 @@ def gate_cut(g):
     """What can't wait cuts the tool off at once, and leaves the guest clean all the same; the tool is back when the guest runs."""
     g.qmp.execute("set-action", panic="pause", watchdog="pause")
     for way in (Panic, Watchdog):
-        combine(g, way, (Prompt, Aside, Deaf))
+        combine(g, way, CUT)
     assert g.qmp.execute("human-monitor-command", command_line="savevm snap", timeout=30) == ""
     for way in (Load, SnapshotLoad):
-        combine(g, way, FEW)
+        combine(g, way, (NoTool, *FEW, Deaf) if LONG else FEW)
     with Prompt(g) as tool:
         mark, tool_mark = g.qmp.mark(), tool.watch.mark()
         assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=30) == ""
@@ -992,7 +1384,7 @@ def gate_disk_and_network(_):
             assert len(set(counts)) > 2, f"{what}: {counts}"
         DiskFull(g, before).same_code(code(g), "paused after the deadline")
         cont(g)
-    combine(g, DiskFull, (NoTool, Prompt, Aside, Deaf))
+    combine(g, DiskFull, CUT)
     assert g.wrote()[1] == 0, f"{g.wrote()[1]} writes failed in the guest"
     g.kill()
     subprocess.run(["umount", "-l", store], check=True, timeout=20)
@@ -1016,31 +1408,38 @@ def wild_bios():
 
 @scenario(guest=False)
 def gate_internal_error(_):
-    """KVM can't run the guest any more: paused at once, its memory is clean."""
+    """KVM can't run the guest any more: paused at once, its memory is clean; also with a tool that would leave if it was asked, and with
+    one that hangs."""
     place = 0x8000
-    g = Guest().start(machine="q35", vcpus=1, alive=False, extra=("-bios", wild_bios()))
-    with RawTool() as tool:
-        tool.accept().answer()
-        wait_state(g, "hooked")
+    for kind in ("raw", "raw, subscribed", "raw, hung"):
+        g = Guest().start(machine="q35", vcpus=1, alive=False, extra=("-bios", wild_bios()))
         before = g.dump(place, place + 16)
-        assert tool.command(WRITE_PHYSICAL, struct.pack("=QHHI", place, 1, 0, 0) + b"\xcc")[0] == 0
-        assert g.dump(place, place + 16) != before
-        mark, begin = g.qmp.mark(), time.monotonic()
-        g.tell("x")
-        g.qmp.event("STOP", since=mark)
-        took = time.monotonic() - begin
-        assert g.qmp.execute("query-status")["status"] == "internal-error"
-        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
-        expect("forced", end)
-        assert (end["action"], end["restored"]) == ("internal-error", 1), end
-        assert g.dump(place, place + 16) == before, "a breakpoint is left"
-        record("internal error", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
-        try:
-            g.qmp.execute("cont")
-            raise AssertionError("the guest runs on after an internal error")
-        except QMPError as e:
-            print(e)
-    g.kill()
+        with RawTool() if kind != "raw, hung" else fault.Process([], [place], "idle", "hung") as tool:
+            if kind == "raw, hung":
+                wait_until(tool.failed, 40, "the tool to hang")
+            else:
+                tool.accept().answer()
+                wait_state(g, "hooked")
+                if kind == "raw, subscribed":
+                    tool.subscribe_unhook()
+                plant(tool, [place])
+            assert g.dump(place, place + 16) != before
+            mark, begin = g.qmp.mark(), time.monotonic()
+            g.tell("x")
+            g.qmp.event("STOP", since=mark)
+            took = time.monotonic() - begin
+            assert g.qmp.execute("query-status")["status"] == "internal-error"
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            expect("forced", end)
+            assert (end["action"], end["restored"]) == ("internal-error", 1), end
+            assert g.dump(place, place + 16) == before, "a breakpoint is left"
+            record("internal error", kind, end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+            try:
+                g.qmp.execute("cont")
+                raise AssertionError("the guest runs on after an internal error")
+            except QMPError as e:
+                print(e)
+        g.kill()
 
 
 @scenario()
@@ -1051,9 +1450,8 @@ def gate_crash(g):
     with RawTool() as tool:
         tool.accept().answer()
         wait_state(g, "hooked")
-        places = [g.text()[0] + o for o in scenarios.breakpoint_offsets(g, Aside.breaks)]
-        for gpa in places:
-            assert tool.command(WRITE_PHYSICAL, struct.pack("=QHHI", gpa, 1, 0, 0) + b"\xcc")[0] == 0
+        places = Tool(g).places(COLD)
+        plant(tool, places)
         mark = g.qmp.mark()
         tool.sock.sendall(struct.pack("=HHIHBBI", PAUSE_VCPU, 8, 1000, 0, 0, 0, 0))
         while True:
@@ -1076,10 +1474,38 @@ def gate_crash(g):
 
 
 class Reset(Way):
-    name, action, waits, command = "system_reset", "reset", False, ("system_reset", {})
+    """The guest boots again, with its kernel elsewhere; what the reset has left in its memory is looked at before that."""
+    name, action, waits = "reset (system_reset)", "reset", False
+
+    def __init__(self, g, _):
+        super().__init__(g, code(g))        # it boots each time
+
+    def begin(self):
+        self.mark, self.boots, self.text = self.g.qmp.mark(), self.g.output().count("text-physical"), self.g.text()
+        self.g.qmp.execute("system_reset")
 
     def done(self):
-        return any(e["event"] == "RESET" for e in self.g.qmp.events)
+        return any(e["event"] == "RESET" for e in self.g.qmp.events[self.mark:])
+
+    def check(self, tool):
+        self.g.qmp.execute("stop")
+        start, end, _ = self.text
+        places = scenarios.breakpoint_offsets(self.g, HOT + fault.COLD)
+        now = self.g.dump(start, end)
+        left = [p for p in places if now[p] != self.before[p]]
+        print(f"after the reset, {sum(a != b for a, b in zip(self.before, now))} bytes differ")
+        assert not left, f"after the reset: {left}"
+
+    def after(self):
+        self.g.qmp.execute("cont")
+        booted(self.g, self.boots)
+        self.before = code(self.g)
+
+
+def booted(g, boots):
+    """It has booted again: boots is how often it had before."""
+    wait_until(lambda: g.output().count("text-physical") > boots, 240, "the guest to boot again")
+    g.wait_alive(240)
 
 
 @scenario(timeout=600, fresh=True)
@@ -1106,53 +1532,89 @@ def gate_reset(g):
             g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
             assert tool.start_time > started, (tool.start_time, started)
             started = tool.start_time
-            wait_until(lambda: g.output().count("text-physical") > boots, 240, "the guest to boot again")
-            g.wait_alive(240)
+            booted(g, boots)
             record(f"reset ({why})", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+    if LONG:
+        combine(g, Reset, CUT)
 
 
-@scenario(timeout=600, fresh=True)
+@scenario(timeout=1500 if LONG else 600, fresh=True)
 def gate_shutdown(g):
     """Powered off, the guest is cut off; with on-shutdown=announce, the tool is asked to leave, within its deadline."""
     g.qmp.execute("set-action", shutdown="pause", reboot="reset")
-    for mode, outcome in (("cut", "forced"), ("announce", "clean")):
-        g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value=mode)
-        with Prompt(g) as tool:
-            mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
-            g.tell("power off")
-            g.qmp.event("SHUTDOWN", since=mark)
-            took = time.monotonic() - begin
-            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
-            assert (end["action"], end["outcome"]) == ("shutdown", outcome), end
-            g.qmp.event("STOP", since=mark)
-            left = [o for o in scenarios.breakpoint_offsets(g, HOT) if code(g)[o] == 0xcc]
-            assert not left, "breakpoints are left"
-            record(f"power off, on-shutdown={mode}", tool.name, outcome, f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
-        g.qmp.execute("system_reset")
-        g.qmp.execute("cont")
-        wait_until(lambda: g.output().count("text-physical") > boots, 240, "the guest to boot again")
-        g.wait_alive(240)
-    # Quit and SIGTERM, which the tool delays for as long as it is given
     g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=DEADLINE)
-    for again in (False, True):
-        if again:
+    for mode in ("cut", "announce"):
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value=mode)
+        for tool_class in CUT if LONG else (Prompt,):
+            before = code(g)
+            with tool_class(g) as tool:
+                mark, boots, begin = g.qmp.mark(), g.output().count("text-physical"), time.monotonic()
+                g.tell("power off")
+                g.qmp.event("SHUTDOWN", since=mark)
+                took = time.monotonic() - begin
+                g.qmp.event("STOP", since=mark)
+                ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"]
+                assert [e["action"] for e in ends] == ["shutdown"] * (tool.outcome is not None), ends
+                outcome, ms = "–", "0"
+                if ends:
+                    expect(tool.outcome if mode == "announce" else "forced", ends[0])
+                    assert tool.restored in (None, ends[0]["restored"]), ends[0]
+                    outcome, ms = ends[0]["outcome"], f"{ends[0]['duration'] / 1000:.0f}"
+                now = code(g)
+                left = [o for o in scenarios.breakpoint_offsets(g, HOT + fault.COLD) if now[o] != before[o]]
+                assert not left, "breakpoints are left"
+                record(f"power off, on-shutdown={mode}", tool.name, outcome, ms, f"{took * 1000:.0f}", "–")
+            g.qmp.execute("system_reset")
+            g.qmp.execute("cont")
+            booted(g, boots)
+
+
+def ended(pid):
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return True
+
+
+# How QEMU is told to end, with which on-shutdown, the tool, what becomes of that
+ENDS = (("SIGTERM", "announce", Hung, "forced"),
+        ("SIGTERM, then quit", "announce", Hung, "forced"),
+        ("SIGTERM", "cut", Hung, "forced"),
+        ("quit", "cut", Hung, "forced"),
+        ("quit", "cut", Deaf, "forced"),
+        ("quit", "announce", Deaf, "not-subscribed"),
+        ("quit", "announce", Prompt, "clean"))
+
+
+@scenario(timeout=1500 if LONG else 300)
+def gate_end_of_qemu(g):
+    """Quit and SIGTERM, which the tool delays for as long as it is given, if it is asked to leave at all."""
+    for how, mode, tool_class, outcome in ENDS if LONG else ENDS[:2]:
+        if g.spoilt:
             g.start()
-            g.qmp.execute("qom-set", path="/objects/kvmi0", property="on-shutdown", value="announce")
-        with Hung(g) as tool:
+        g.spoilt = True
+        for name, value in (("unhook-timeout-ms", DEADLINE), ("on-shutdown", mode)):
+            g.qmp.execute("qom-set", path="/objects/kvmi0", property=name, value=value)
+        with tool_class(g) as tool:
             pid, mark, begin = int((DIR / "pid").read_text()), g.qmp.mark(), time.monotonic()
-            os.kill(pid, signal.SIGTERM)
-            tool.unhooking(mark)
-            if again:
+            if how == "quit":
                 g.qmp.send("quit")
+            else:
+                os.kill(pid, signal.SIGTERM)
+            if how == "SIGTERM, then quit":
+                tool.unhooking(mark)
+                g.qmp.send("quit")
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
             g.qmp.event("SHUTDOWN", since=mark)
             took = time.monotonic() - begin
-            wait_until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or not Path(f"/proc/{pid}/cmdline").read_bytes(), 20, "QEMU's end")
-            if again:
-                assert took < 1, f"quit on top of SIGTERM took {took} s: 5 s are the deadline"
-            else:
+            assert end["action"] == "shutdown", end
+            expect(outcome, end)
+            wait_until(lambda: ended(pid), 20, "QEMU's end")
+            if (how, mode, tool_class) == ("SIGTERM", "announce", Hung):
                 assert DEADLINE / 1000 - 0.1 < took < DEADLINE / 1000 + 2, took
-            record("SIGTERM, on-shutdown=announce" + (", then quit" if again else ""), tool.name, "forced", "–", f"{took * 1000:.0f}", "–")
-    g.spoilt = True
+            else:
+                assert took < DEADLINE / 1000 - 0.1, f"it took {took} s: {DEADLINE} ms are the deadline"
+            record(f"{how}, on-shutdown={mode}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
 
 
 @scenario(timeout=120)
@@ -1168,9 +1630,43 @@ def gate_quit_while_others_wait(g):
         time.sleep(0.3)
         begin = time.monotonic()
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or not Path(f"/proc/{pid}/cmdline").read_bytes(), 10, "QEMU's end")
+        wait_until(lambda: ended(pid), 10, "QEMU's end")
         print(f"QEMU was gone after {time.monotonic() - begin:.1f} s")
     g.spoilt = True
+
+
+@scenario(timeout=200)
+def gate_stopped_already(g):
+    """Of a guest that is stopped, a tool that listens sees nothing, whatever is done to it; it comes when the guest runs."""
+    before = code(g)
+    g.qmp.execute("set-action", reboot="reset")
+    with RawTool() as tool:
+        tool.accept().answer()
+        wait_state(g, "hooked")
+        scenarios.stop(g)
+        mark = g.qmp.mark()
+        for way in (Stop, Savevm, Dump):
+            doing = way(g, before)
+            doing.stops = True
+            doing.begin()
+            g.qmp.pump(doing.done, 30, f"{way.name} of a paused guest")
+            doing.check(NoTool(g))
+            assert info(g)["state"] == "unhooked" and g.qmp.execute("query-status")["status"] == "paused", way.name
+        boots = g.output().count("text-physical")
+        if LONG:
+            g.qmp.execute("system_reset")
+            g.qmp.event("RESET", since=mark)
+        # Ten times the chardev's reconnect interval: if a stopped VM connected, it would have by now
+        time.sleep(1)
+        assert info(g)["state"] == "unhooked", info(g)
+        seen = [k for k in kinds(g, mark) if k.startswith("KVMI") or k in ("STOP", "RESUME")]
+        assert not seen, seen
+        g.qmp.execute("cont")
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        if LONG:
+            booted(g, boots)
+    g.wait_alive()
 
 
 # --- suspend to RAM ---------------------------------------------------------------------------------------------------
@@ -1210,11 +1706,40 @@ def gate_suspend_with_tool(g):
     g.spoilt = True
 
 
+class TooEarly(Aside):
+    """… and while it is waited for, someone wants to wake up the guest"""
+
+    def during(self, mark):
+        self.unhooking(mark)
+        try:
+            self.g.qmp.execute("system_wakeup")
+            raise AssertionError("a guest that does not sleep yet was woken up")
+        except QMPError as e:
+            print(e)
+
+
 @scenario(timeout=600, machine="q35")
 def gate_suspend_with_hung_tool(g):
-    """… or doesn't leave, and is cut off."""
-    combine(g, Suspend, (Aside,))
+    """… or doesn't leave, and is cut off. Until then the guest does not sleep, and can't be woken up; then it can."""
+    combine(g, Suspend, (TooEarly,))
     g.spoilt = True
+
+
+class SlowAside(Slow):
+    breaks, hits = COLD, 0
+
+
+class KilledAside(Killed):
+    breaks, hits = COLD, 0
+
+
+@scenario(timeout=1500, guest=False)
+def gate_suspend_with_others(_):
+    """… or is slow, or dies, or does not listen, or goes on talking. Each with a guest of its own, see above."""
+    for tool_class in (SlowAside, KilledAside, Deaf, Chatty):
+        g = Guest().start(machine="q35")
+        combine(g, Suspend, (tool_class,))
+    g.kill()
 
 
 # --- by command, and QEMU's other options -----------------------------------------------------------------------------
@@ -1290,32 +1815,207 @@ def gate_started_otherwise(_):
     g.kill()
 
 
-CYCLES = 1000 if LONG else 31
+@scenario(timeout=200)
+def gate_object_at_any_time(g):
+    """object-add and object-del while the tool has breakpoints, hangs, or is waited for; while the guest is paused, or migrates."""
+    before = code(g)
+
+    def add():
+        g.qmp.execute("object-add", **g.kvmi_options(unhook_timeout_ms=DEADLINE))
+
+    def gone(mark, action="object-del"):
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        assert end["action"] == action, end
+        wait_until(lambda: not has_object(g), 10, "the object to go")
+        return end
+
+    # With a tool that leaves, and one that does not
+    g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=DEADLINE)
+    for tool_class, outcome, restored in ((Prompt, "clean", 0), (Hung, "forced", len(HOT))):
+        with tool_class(g):
+            mark = g.qmp.mark()
+            g.qmp.execute("object-del", id="kvmi0")
+            end = gone(mark)
+            assert (end["outcome"], end["restored"]) == (outcome, restored), end
+            same_memory(before, code(g), f"the object deleted, the tool {tool_class.name}")
+            g.wait_alive()
+        add()
+    # Of a paused guest
+    with Prompt(g) as tool:
+        g.qmp.execute("stop")
+        mark = g.qmp.mark()
+        g.qmp.execute("object-del", id="kvmi0")
+        assert not has_object(g)
+        add()
+        assert info(g)["state"] == "unhooked", info(g)
+        cont(g)
+        wait_state(g, "hooked", mark)
+    # While something waits for the tool
+    with Hung(g) as tool:
+        human, mark = HMP(), g.qmp.mark()
+        number = g.qmp.send("stop")
+        tool.unhooking(mark)
+        human.send("object_del kvmi0")
+        human.prompt("object_del")
+        human.sock.close()
+        g.qmp.result(number, 10, "the answer to stop")
+        expect("forced", gone(mark, "stop"))
+        assert g.qmp.execute("query-status")["status"] == "paused"
+        same_memory(before, code(g), "stopped, the object deleted meanwhile")
+        cont(g)
+    add()
+    way = MigrateFile(g, before)
+    with Hung(g) as tool:
+        mark = g.qmp.mark()
+        way.begin()
+        tool.unhooking(mark)
+        g.qmp.execute("object-del", id="kvmi0")
+        expect("forced", gone(mark, "migrate"))
+        wait_until(way.done, 30, "the migration")
+        assert migrate_status(g) == "completed"
+        same_memory(before, code(g), "migrated, the object deleted meanwhile")
+        os.unlink(f"{DIR}/saved")
+        cont(g)
+    # While the guest migrates: not before the end of that, failed as it has
+    with RawTool() as tool:
+        g.qmp.execute("migrate", uri="exec:sleep 2")
+        wait_until(lambda: migrate_status(g) == "active", 10, "the migration to begin", pause=0.01)
+        add()
+        time.sleep(0.5)
+        assert migrate_status(g) == "active", migrate_status(g)
+        assert info(g)["state"] == "unhooked" and g.qmp.execute("query-status")["running"], info(g)
+        mark = g.qmp.mark()
+        g.qmp.execute("migrate_cancel")
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+        # The chardev right behind the object
+        mark = g.qmp.mark()
+        g.qmp.execute("object-del", id="kvmi0")
+        g.qmp.execute("chardev-remove", id="tool")
+        expect("not-subscribed", gone(mark))
+        assert tool.closed(), "the tool's connection is still open"
+        add_chardev(g)
+        add()
+        tool.accept().answer()
+        wait_state(g, "hooked", mark)
+    g.wait_alive()
+
+
+@scenario(timeout=300)
+def gate_two_guests(g):
+    """Two guests and one tool: each has its hits; a stop of one is nothing to the other; if the tool dies, both go on."""
+    other = Guest(Path("/run/other"), tool=SOCKET).start(extra=("-uuid", "6b766d69-0000-4000-8000-000000000002"))
+    guests, before = (g, other), [code(x) for x in (g, other)]
+    try:
+        with scenarios.hook(g, *HOT) as tool:
+            wait_state(other, "hooked")
+
+            def both(since):
+                wait_until(lambda: tool.pump() is None or len({e["uuid"] for e in tool.said[since:] if e["event"] == "hit"}) == 2, 60,
+                           "hits in both guests", pause=0.05)
+            both(0)
+            print({json.dumps({k: v for k, v in e.items() if k not in ("ts", "_at")}) for e in tool.said if e["event"] == "hit"}.pop())
+            for n, (one, another) in enumerate((guests, guests[::-1])):
+                expect("clean", scenarios.stop(one)[0])
+                same_memory(before[n], code(one), "the one that was stopped")
+                mark = tool.mark()
+                tool.event("hit", since=mark, count=20, timeout=60)
+                assert len({e["uuid"] for e in tool.said[mark:] if e["event"] == "hit"}) == 1, "hits in a stopped guest"
+                assert info(another)["state"] == "hooked"
+                another.wait_alive()
+                mark = tool.mark()
+                one.qmp.execute("cont")
+                both(mark)
+            marks = [x.qmp.mark() for x in guests]
+            tool.kill()
+            for x, mark, code_before in zip(guests, marks, before):
+                expect("disconnected", x.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+                x.wait_alive()
+                same_memory(code_before, code(x), "after the tool was killed")
+    finally:
+        other.kill()
+
+
+@scenario(timeout=120)
+def gate_watchdog_actions(g):
+    """A watchdog that does not stop the guest is none of the tool's business; one that powers it off ends QEMU."""
+    with Prompt(g) as tool:
+        for action in ("none", "debug", "inject-nmi", "shutdown"):
+            g.qmp.execute("set-action", watchdog=action)
+            mark = g.qmp.mark()
+            g.tell(Watchdog.what)
+            g.qmp.event("WATCHDOG", since=mark, action=action)
+            g.wait_alive()
+            tool.watch.event("hit", since=tool.watch.mark(), count=3, timeout=60)
+            seen = [k for k in kinds(g, mark) if k.startswith("KVMI") or k in ("STOP", "SHUTDOWN")]
+            assert not seen and info(g)["state"] == "hooked", (action, seen, info(g))
+        g.qmp.execute("set-action", watchdog="poweroff")
+        pid, mark = int((DIR / "pid").read_text()), tool.watch.mark()
+        g.tell(Watchdog.what)
+        wait_until(lambda: ended(pid), 20, "QEMU's end")
+        tool.watch.event("closed", since=mark)
+        assert tool.watch.process.poll() is None, "the tool ended with the VM"
+    g.spoilt = True
+
+
+CYCLES = 1001 if LONG else 28
+KEY = b"open sesame"
+
+
+def end_of_cycle(g, tool, n, mark):
+    """A session ends in one of several ways, or does not come to be."""
+    kind = n % 7
+    if kind == 0:
+        g.qmp.execute("stop")
+        g.qmp.execute("cont")
+    elif kind == 1:
+        g.qmp.execute("kvmi-unhook", deadline_ms=0)
+        g.qmp.event("KVMI_UNHOOKED", since=mark)
+        g.qmp.execute("kvmi-hook")
+    elif kind == 2:
+        # from the other side, as in the rest
+        tool.close()
+    elif kind == 3:
+        g.qmp.execute("object-del", id="kvmi0")
+        g.qmp.event("KVMI_UNHOOKED", since=mark)
+        wait_until(lambda: not has_object(g), 10, "the object to go", pause=0.01)
+        g.qmp.execute("object-add", **g.kvmi_options(key="cookie"))
+    elif kind == 4:
+        g.qmp.execute("migrate", uri="exec:sleep 10")
+        g.qmp.execute("migrate_cancel")
+        wait_until(lambda: migrate_status(g) == "cancelled", 20, "the end of the migration", pause=0.01)
+    tool.close()
+    g.qmp.event("KVMI_UNHOOKED", since=mark)
+    if kind == 5:
+        tool.accept().answer(b"open barley")
+        assert tool.closed(), "still connected with the wrong key"
+    elif kind == 6:
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="handshake-timeout-ms", value=50)
+        tool.accept()
+        assert tool.closed(), "still connected after the handshake's deadline"
+        g.qmp.execute("qom-set", path="/objects/kvmi0", property="handshake-timeout-ms", value=10000)
 
 
 @scenario(timeout=60 + CYCLES)
 def gate_fds(g):
     """Nothing is left open by sessions that end in whatever way."""
+    scenarios.remove_object(g)
+    g.qmp.execute("object-add", qom_type="secret", id="cookie", data=KEY.decode())
+    g.qmp.execute("object-add", **g.kvmi_options(key="cookie"))
     pid = int((DIR / "pid").read_text())
     counts = []
     with RawTool() as tool:
         for n in range(CYCLES):
             mark = g.qmp.mark()
-            tool.accept().answer()
+            tool.accept().answer(KEY)
             g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
-            if n % 3 == 0:
-                g.qmp.execute("stop")
-                g.qmp.execute("cont")
-            elif n % 3 == 1:
-                g.qmp.execute("kvmi-unhook", deadline_ms=0)
-                g.qmp.event("KVMI_UNHOOKED", since=mark)
-                g.qmp.execute("kvmi-hook")
-            tool.close()
-            g.qmp.event("KVMI_UNHOOKED", since=mark)
+            end_of_cycle(g, tool, n, mark)
             counts.append(len(os.listdir(f"/proc/{pid}/fd")))
-    print(f"files open after each of {CYCLES} sessions: at first {counts[:6]}, in the end {counts[-6:]}")
+    print(f"files open after each of {CYCLES} sessions: at first {counts[:7]}, in the end {counts[-7:]}")
     # The least: now and then the next connection is there already
-    assert min(counts[-6:]) <= min(counts[:6]), counts
+    assert min(counts[-7:]) <= min(counts[:7]), counts
+    scenarios.remove_object(g)
+    g.qmp.execute("object-del", id="cookie")
 
 
 if __name__ == "__main__":
