@@ -905,11 +905,34 @@ def watch_events(g):
     print(text)
     assert text.count("CR3 0x") == 3 and "cr are only counted" in text and re.search(r"^guest: \d+ events of the kind cr$", text, re.M), text
     assert "Linux" not in text, text
-    with Tool("watch", "--msr", "0x12345", system_map=False) as t:
-        assert "message" in t.event("problem", timeout=40)
-        t.signal(signal.SIGINT)
-        assert t.finish() == 1
+    for options, words in ((("--msr", "0x12345"), "vcpu-control-msr"), (("--access", "phys:0x20000000=r"), "no memory")):
+        with Tool("watch", *options, system_map=False) as t:
+            assert words in t.event("problem", timeout=40)["message"], t.said
+            t.signal(signal.SIGINT)
+            assert t.finish() == 1
     g.wait_alive()
+
+
+@scenario(timeout=240)
+def watch_same_page(g):
+    """A breakpoint in a page whose execution is an event, too: both are told of, and nothing of either is left."""
+    before = code(g)
+    with Watch(HOT[0], options=["--access", f"{HOT[0]}=r"]) as t:
+        t.event("planted", timeout=40, breakpoints=1, pages=1)
+        t.event("hit", timeout=60, count=20, symbol=HOT[0])
+        t.event("pf", timeout=60, access="execute", count=20)
+        problems = [e for e in t.said if e["event"] == "problem"]
+        assert not problems, problems
+        data, _ = stop(g)
+        expect("clean", data)
+        same_memory(before, code(g), "paused after a clean unhook")
+        mark = t.mark()
+        cont(g)
+        t.event("hit", since=mark, timeout=60, count=5)
+        t.signal(signal.SIGINT)
+        assert t.finish() == 0
+    g.wait_alive()
+    same_memory(before, code(g), "after Ctrl-C")
 
 
 @scenario(timeout=240, fresh=True)
