@@ -232,6 +232,42 @@ def watch_finds_symbols_by_itself(g):
     g.wait_alive()
 
 
+@scenario(timeout=240)
+def watch_two_guests(g):
+    """Two VMs at one socket: each has its breakpoints and hits, and one that is stopped does not hold up the other."""
+    second = Guest(folder=Path("/run/second"))
+    try:
+        second.start(extra=("-name", "second", "-uuid", "6b766d69-0000-4000-8000-000000000002"))
+        before = {"guest": code(g), "second": code(second)}
+        with Watch(*HOT) as w:
+            for name in before:
+                w.event("planted", vm=name, timeout=60)
+                w.event("hit", vm=name, count=20, timeout=60)
+            assert {e["uuid"][-1] for e in w.said if e.get("vm") == "guest"} == {"1"}, "lines of the one say the other's UUID"
+            for name, guest in (("guest", g), ("second", second)):
+                offset = int(w.event("ready", vm=name)["offset"], 16)
+                assert offset == guest.text()[2] - symbols()["_text"], f"{name}: {offset:#x}, {guest.text()}"
+            mark = w.mark()
+            expect("clean", stop(g)[0])
+            w.event("closed", since=mark, vm="guest")
+            same_memory(before["guest"], code(g), "paused, another VM being watched")
+            mark = w.mark()
+            w.event("hit", since=mark, vm="second", count=20, timeout=60)
+            assert not [e for e in w.said[mark:] if e.get("vm") == "guest" and e["event"] == "hit"], "hits in a VM that is paused"
+            cont(g)
+            mark = w.mark()
+            for name in before:
+                w.event("hit", since=mark, vm=name, count=5, timeout=60)
+            w.signal(signal.SIGINT)
+            assert w.finish() == 0
+            assert {e["vm"] for e in w.said if e["event"] == "closed" and e["reason"] == "stop"} == set(before)
+        for name, guest in (("guest", g), ("second", second)):
+            guest.wait_alive()
+            same_memory(before[name], code(guest), f"{name}, after Ctrl-C")
+    finally:
+        second.kill()
+
+
 @scenario()
 def stop_prompt_tool(g):
     """The main job: QMP stop waits until the tool has taken its breakpoints out; none is left; cont brings the hits back."""
