@@ -257,6 +257,9 @@ class Way:
     def __init__(self, g, before):
         self.g, self.before = g, before
 
+    def arm(self):
+        """The tool is there, and this is about to begin."""
+
     def begin(self):
         self.number = self.g.qmp.send(*self.command[:1], **self.command[1])
 
@@ -294,6 +297,7 @@ def combine(g, way_class, tools, options=None):
         print(f"--- {way_class.name}, {tool_class.name}", flush=True)
         way = way_class(g, before)
         with tool_class(g) as tool:
+            way.arm()
             mark, pulse, begin = g.qmp.mark(), Pulse(g), time.monotonic()
             way.begin()
             if way.waits:
@@ -395,7 +399,7 @@ class MigrateFile(Way):
         unhooked = begin + self.g.qmp.event("KVMI_UNHOOKED", since=self.mark)["data"]["duration"]
         late = (self.g.qmp.event("MIGRATION", since=self.mark, status="active")["us"] - unhooked) / 1000
         print(f"resumed {late:.1f} ms after the guest was let go")
-        assert late < 100 + 1000 * self.lag, f"resumed only {late} ms after the guest was let go"
+        assert late < 100 + 4000 * self.lag, f"resumed only {late} ms after the guest was let go"
 
     def check(self, tool):
         g = self.g
@@ -452,8 +456,8 @@ class MigrateLive(MigrateFile):
     """To a second QEMU with an object of its own; the tool leaves on the source and comes back on the target."""
     name, uri = "migrate live, pre-copy", "unix:/run/migration"
 
-    def __init__(self, g, before):
-        super().__init__(g, before)
+    def arm(self):
+        # Not earlier: it connects to the tool, and waits there for its turn
         self.target = Target(self.uri, kvmi=True, capabilities=self.capabilities)
 
     def check(self, tool):
