@@ -14,24 +14,54 @@ HEAD = """| how the guest stops | tool | outcome | until unhooked, ms | in all, 
 """
 
 
+def pairs(table):
+    """The (way, tool) of each row of a table"""
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| ")]
+    return {(row[1], row[2]) for row in rows[1:]}
+
+
+def documented():
+    text = (host.TOP / "docs/stopping.md").read_text()
+    return pairs(text.partition("<!-- BEGIN host/matrix.md -->")[2].partition("<!-- END -->")[0])
+
+
 @pytest.fixture(scope="session")
 def matrix():
     """{name of a scenario: its rows}"""
     found = {}
     yield found
-    write_matrix("matrix.md", HEAD, gate.SCENARIOS, found)
+    table = write_matrix("matrix.md", HEAD, gate.SCENARIOS, found)
+    if gate.LONG and found.keys() == gate.SCENARIOS.keys():
+        stale = pairs(table) ^ documented()
+        assert not stale, f"docs/stopping.md differs in these rows; scripts/refresh-tables puts that right: {sorted(stale)}"
 
 
 def write_matrix(file, head, scenarios, found):
+    """Returns it."""
     rows = [row for name in scenarios for row in found.get(name, ())]
+    table = head + "".join(f"| {' | '.join(r)} |\n" for r in rows)
     if rows:
-        (host.BUILD / "host" / file).write_text(head + "".join(f"| {' | '.join(r)} |\n" for r in rows))
+        (host.BUILD / "host" / file).write_text(table)
+    return table
 
 
-LONG = ("gate_migrate_stock", "gate_suspend_with_hung_tool")
+def subclasses(of):
+    return [of] + [c for sub in of.__subclasses__() for c in subclasses(sub)]
+
+
+@pytest.mark.unit
+def test_table_of_stopping():
+    """All ways and all tools are in the docs, and no others are. That each combination is shows when a long run ends, see matrix()."""
+    table = documented()
+    ways, tools = ({c.name for c in subclasses(of)} - {None} for of in (gate.Way, gate.Tool))
+    assert ways <= {way for way, _ in table}, f"not in docs/stopping.md: {sorted(ways - {way for way, _ in table})}"
+    assert tools == {tool for _, tool in table if not tool.startswith("raw")}
+
+
+LONG = ("gate_migrate_start_time_live", "gate_migrate_stock", "gate_suspend_with_hung_tool", "gate_suspend_with_others")
 # Those that take the most time, run while pytest runs the others
-MEANWHILE = ("gate_migrate_to_file", "gate_cut", "gate_shutdown", "gate_reset", "gate_background_snapshot", "gate_disk_and_network",
-             "gate_crash", "gate_suspend", "gate_suspend_with_tool")
+MEANWHILE = ("gate_migrate_to_file", "gate_cut", "gate_shutdown", "gate_end_of_qemu", "gate_reset", "gate_background_snapshot",
+             "gate_disk_and_network", "gate_crash", "gate_suspend", "gate_suspend_with_tool")
 
 
 def names(wanted):
