@@ -169,7 +169,8 @@ static gboolean option_is(const char *text, const char *name, const char *value)
 	return same;
 }
 
-/* "-object kvmi,id=kvmi0,..." and its like */
+/* "-object kvmi,id=kvmi0,..." and its like.  Somebody may have called an object
+ * of his own kvmi0: the one whose chardev is ours is ours */
 static gboolean ours(const char *opt, const char *value)
 {
 	if (!g_strcmp0(opt, "-chardev"))
@@ -177,7 +178,8 @@ static gboolean ours(const char *opt, const char *value)
 	if (!g_strcmp0(opt, "-object"))
 		return option_is(value, "id", XML_KEY_ID) ||
 		       (option_is(value, NULL, "kvmi") &&
-			option_is(value, "id", XML_OBJECT_ID));
+			option_is(value, "id", XML_OBJECT_ID) &&
+			option_is(value, "chardev", XML_CHARDEV_ID));
 
 	return FALSE;
 }
@@ -203,7 +205,8 @@ static gboolean introspects(const char *opt, const char *value)
 
 /* ---- the domain ---------------------------------------------------------- */
 
-/* Takes what is ours out of the document, and puts the emulator back */
+/* Takes what is ours out of the document, and puts the emulator back, unless
+ * somebody has set another one since */
 static void strip(xmlNode *root)
 {
 	xmlNode *commandline = child(root, "commandline", QEMU_NS);
@@ -249,13 +252,17 @@ static void strip(xmlNode *root)
 	}
 	if (note) {
 		char *before = value_of(note, "emulator");
+		char *set = value_of(note, "set");
 		xmlNode *emulator = child(child(root, "devices", NULL),
 					  "emulator", NULL);
+		xmlChar *now = emulator ? xmlNodeGetContent(emulator) : NULL;
 
-		if (before && emulator) {
+		if (before && set && xmlStrEqual(now, X(set))) {
 			xmlNodeSetContent(emulator, NULL);
 			xmlNodeAddContent(emulator, X(before));
 		}
+		xmlFree(now);
+		g_free(set);
 		g_free(before);
 		remove_node(note);
 		if (!has_elements(metadata))
@@ -290,7 +297,7 @@ static void add_option(xmlNode *commandline, const char *name, char *value)
 }
 
 /* libvirt wants <metadata> anywhere, and has it near the top */
-static void add_note(xmlNode *root, const char *emulator)
+static void add_note(xmlNode *root, const char *emulator, const char *set)
 {
 	xmlNode *metadata = child(root, "metadata", NULL), *note;
 
@@ -299,6 +306,7 @@ static void add_note(xmlNode *root, const char *emulator)
 	note = append(metadata, NULL, "setup");
 	xmlSetNs(note, xmlNewNs(note, X(KVMI_NS), X("kvmi")));
 	xmlNewProp(note, X("emulator"), X(emulator));
+	xmlNewProp(note, X("set"), X(set));
 }
 
 static char *foreign_object(xmlNode *root)
@@ -331,6 +339,16 @@ char *domain_xml_enable(const char *xml, const struct domain_setup *setup,
 	if (!doc)
 		return NULL;
 	root = xmlDocGetRootElement(doc);
+	text = value_of(root, "type");
+	if (text && strcmp(text, "kvm")) {
+		g_set_error(error, XML_ERROR, 0,
+			    "it is of the type '%s': only KVM has introspection (<domain type='kvm'>)",
+			    text);
+		g_free(text);
+		xmlFreeDoc(doc);
+		return NULL;
+	}
+	g_free(text);
 	strip(root);
 	text = foreign_object(root);
 	if (text) {
@@ -350,7 +368,7 @@ char *domain_xml_enable(const char *xml, const struct domain_setup *setup,
 			xmlFreeDoc(doc);
 			return NULL;
 		}
-		add_note(root, now);
+		add_note(root, now, setup->emulator);
 		xmlNodeSetContent(emulator, NULL);
 		xmlNodeAddContent(emulator, X(setup->emulator));
 	}

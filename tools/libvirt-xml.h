@@ -7,7 +7,7 @@
 /*
  * What "kvmi libvirt" changes in a domain's XML: a chardev, a secret and a kvmi
  * object in <qemu:commandline>, known by their ids; and, with another emulator,
- * a note in <metadata> of the one before.
+ * a note in <metadata> of that and the one before.
  */
 
 #define XML_OBJECT_ID "kvmi0"

@@ -146,6 +146,18 @@ static void test_changed_meanwhile(void)
 	g_assert_nonnull(strstr(back, "<emulator>/usr/bin/qemu-system-x86_64</emulator>"));
 	g_assert_null(strstr(back, "kvmi"));
 	g_free(back);
+
+	/* and so does another emulator, of whatever it took the place */
+	g_string_replace(text, "<emulator>/opt/qemu<", "<emulator>/opt/newer<", 1);
+	back = domain_xml_disable(text->str, NULL);
+	g_assert_nonnull(strstr(back, "<emulator>/opt/newer</emulator>"));
+	g_assert_null(strstr(back, "kvmi"));
+	g_free(back);
+	setup.emulator = (char *)"/opt/newer";
+	back = domain_xml_enable(text->str, &setup, NULL);
+	g_assert_nonnull(strstr(back, "<emulator>/opt/newer</emulator>"));
+	g_assert_null(strstr(back, "<metadata>"));
+	g_free(back);
 	g_free(xml);
 	g_string_free(text, TRUE);
 }
@@ -154,6 +166,8 @@ static void test_foreign(void)
 {
 	static const char *const objects[] = {
 		"kvmi,id=mine,chardev=c", "introspection,id=kvmi0,chardev=c", "id=mine,qom-type=kvmi,chardev=c",
+		/* by hand, as docs/libvirt.md has it */
+		"kvmi,id=kvmi0,chardev=tool", "kvmi,id=kvmi0", "kvmi,id=mine,chardev=kvmi0-tool",
 		"{&quot;qom-type&quot;:&quot;kvmi&quot;,&quot;id&quot;:&quot;a&quot;}",
 	};
 	struct domain_setup setup = { .socket = (char *)"/run/s" }, found;
@@ -175,6 +189,7 @@ static void test_foreign(void)
 		g_assert_nonnull(foreign);
 		/* not ours to remove */
 		g_assert_nonnull(strstr(same, "-object"));
+		g_assert_cmpuint(strlen(same), >=, strlen(xml));
 		g_free(same);
 		g_free(foreign);
 		g_free(xml);
@@ -198,6 +213,16 @@ static void test_no_domain(void)
 	setup.emulator = (char *)"/opt/qemu";
 	g_assert_null(domain_xml_enable("<domain/>", &setup, &error));
 	g_assert_nonnull(strstr(error->message, "<emulator>"));
+	g_clear_error(&error);
+}
+
+static void test_not_kvm(void)
+{
+	struct domain_setup setup = { .socket = (char *)"/run/s" };
+	GError *error = NULL;
+
+	g_assert_null(domain_xml_enable("<domain type='qemu'><devices/></domain>", &setup, &error));
+	g_assert_nonnull(strstr(error->message, "type='kvm'"));
 	g_clear_error(&error);
 }
 
@@ -228,6 +253,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/libvirt-xml/changed-meanwhile", test_changed_meanwhile);
 	g_test_add_func("/libvirt-xml/foreign", test_foreign);
 	g_test_add_func("/libvirt-xml/no-domain", test_no_domain);
+	g_test_add_func("/libvirt-xml/not-kvm", test_not_kvm);
 	g_test_add_func("/libvirt-xml/capabilities", test_capabilities);
 
 	return g_test_run();
