@@ -25,7 +25,10 @@
 #include "output.h"
 
 #define SOCKET_DIR "/run/kvmi"
-#define KEY_DIR "/etc/kvmi/keys"
+#define ETC_DIR "/etc/kvmi"
+#define KEY_DIR ETC_DIR "/keys"
+/* What the tool and QEMU take for a key, bytes */
+#define KEY_MAX 4096
 #define TMPFILES "/etc/tmpfiles.d/kvmi.conf"
 #define APPARMOR "/etc/apparmor.d/"
 /* What each domain's profile includes */
@@ -42,15 +45,17 @@ static const char help[] =
 "in the running QEMU, too.  It makes the directory of the tool's socket, a secret\n"
 "that the tool has to know, and the AppArmor rules; it says what it changes.\n"
 "disable takes back all of that.  Both work while the domain is shut off.  They\n"
-"have to run on the domain's host, as root.\n"
+"have to run on the domain's host, as root.  UUID is that of the domain: AppArmor\n"
+"knows a domain's QEMU by it.\n"
 "\n"
 "Options of enable:\n"
 "  -s, --socket PATH      where the tool listens\n"
-"                         (default: " SOCKET_DIR "/DOMAIN.sock)\n"
+"                         (default: " SOCKET_DIR "/libvirt-UUID.sock)\n"
 "      --vsock CID:PORT   the tool listens there instead; only for running domains,\n"
 "                         and only until they are shut off\n"
-"  -k, --key-file FILE    the secret; made if it isn't there\n"
-"                         (default: " KEY_DIR "/DOMAIN.key)\n"
+"  -k, --key-file FILE    the secret is that in FILE, of which QEMU gets a copy,\n"
+"                         " KEY_DIR "/libvirt-UUID.key\n"
+"                         (default: a new one, unless it has one)\n"
 "      --mutual           each side proves to the other that it has the secret (auth=hmac)\n"
 "      --no-key           whoever listens on the socket is trusted\n"
 "  -e, --emulator FILE    the QEMU with the kvmi object, if the domain's hasn't it\n"
@@ -164,37 +169,72 @@ static gboolean delete(virDomain *domain, const char *command, const char *id,
 	return run_command(domain, b, error);
 }
 
+/* What query-kvmi tells; NULL without an error if there is no such object, or
+ * no such command in this QEMU */
 static JsonNode *query(virDomain *domain, GError **error)
 {
 	JsonBuilder *b = json_builder_new();
+	GError *local = NULL;
 	JsonNode *node;
 
 	json_builder_begin_object(b);
 	put(b, "execute", "query-kvmi");
 	json_builder_end_object(b);
-	node = monitor(domain, b, error);
+	node = monitor(domain, b, &local);
 	g_object_unref(b);
+	if (local && strstr(local->message, "kvmi"))
+		g_clear_error(&local);
+	if (local)
+		g_propagate_error(error, local);
+	if (node && !JSON_NODE_HOLDS_OBJECT(node))
+		g_clear_pointer(&node, json_node_unref);
 
 	return node;
 }
 
-/* Out of a running QEMU; what isn't there needs not to be taken out */
-static gboolean unplug(virDomain *domain, GError **error)
+static const char *text_of(JsonObject *object, const char *name)
+{
+	return object && json_object_has_member(object, name) ?
+	       json_object_get_string_member(object, name) : NULL;
+}
+
+/* Is the object in the running QEMU, if there is one, that of enable? */
+static gboolean is_ours(JsonNode *node)
+{
+	JsonObject *kvmi = json_node_get_object(node);
+
+	return !g_strcmp0(text_of(kvmi, "id"), XML_OBJECT_ID) &&
+	       !g_strcmp0(text_of(kvmi, "chardev"), XML_CHARDEV_ID);
+}
+
+/* Out of a running QEMU.  *found: ours was there.  What isn't ours stays */
+static gboolean unplug(virDomain *domain, gboolean *found, GError **error)
 {
 	gint64 end = g_get_monotonic_time() + LEAVE_S * G_USEC_PER_SEC;
 	GError *local = NULL;
+	JsonNode *node = query(domain, &local);
 
-	if (!delete(domain, "object-del", XML_OBJECT_ID, &local)) {
-		/* no such object, or one that is on its way out */
-		g_clear_error(&local);
+	*found = node && is_ours(node);
+	if (node)
+		json_node_unref(node);
+	if (local) {
+		g_propagate_error(error, local);
+		return FALSE;
 	}
+	/* An object that is on its way out isn't found any more */
+	if (*found && !delete(domain, "object-del", XML_OBJECT_ID, &local) &&
+	    !strstr(local->message, "not found")) {
+		g_propagate_error(error, local);
+		return FALSE;
+	}
+	g_clear_error(&local);
 	/* busy until the tool has left */
 	while (!delete(domain, "chardev-remove", XML_CHARDEV_ID, &local)) {
 		if (strstr(local->message, "not found")) {
 			g_clear_error(&local);
 			break;
 		}
-		if (g_get_monotonic_time() > end) {
+		if (!strstr(local->message, "busy") || g_get_monotonic_time() > end) {
 			g_propagate_error(error, local);
 			return FALSE;
 		}
@@ -209,9 +249,22 @@ static gboolean unplug(virDomain *domain, GError **error)
 static gboolean plug(virDomain *domain, const struct domain_setup *setup,
 		     const char *cid, const char *port, GError **error)
 {
+	GError *local = NULL;
+	JsonNode *node = query(domain, &local);
+	gboolean found;
 	JsonBuilder *b;
 
-	if (!unplug(domain, error))
+	if (node && !is_ours(node))
+		g_set_error(&local, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "it has a kvmi object already that isn't of kvmi libvirt: '%s'",
+			    text_of(json_node_get_object(node), "id"));
+	if (node)
+		json_node_unref(node);
+	if (local) {
+		g_propagate_error(error, local);
+		return FALSE;
+	}
+	if (!unplug(domain, &found, error))
 		return FALSE;
 	b = start_command("chardev-add");
 	put(b, "id", XML_CHARDEV_ID);
@@ -256,7 +309,7 @@ static gboolean plug(virDomain *domain, const struct domain_setup *setup,
 	if (run_command(domain, b, error))
 		return TRUE;
 undo:
-	unplug(domain, NULL);
+	unplug(domain, &found, NULL);
 
 	return FALSE;
 }
@@ -341,57 +394,229 @@ static gboolean make_socket_dir(const char *socket, gid_t group, GError **error)
 	return fine;
 }
 
-static gboolean make_key(const char *path, uid_t user, gid_t group, GError **error)
+/* A folder of ours on the way to the keys: QEMU's user has to get through */
+static gboolean make_key_dir(const char *dir, GError **error)
+{
+	struct stat now;
+
+	if (mkdir(dir, 0711) && errno != EEXIST)
+		return fail_errno(error, dir);
+	if (stat(dir, &now) || ((now.st_mode & 0111) != 0111 &&
+				chmod(dir, (now.st_mode & 07777) | 0111)))
+		return fail_errno(error, dir);
+
+	return TRUE;
+}
+
+/* What is at the path, a key; NULL without an error if there is nothing */
+static char *read_key(const char *path, size_t *size, GError **error)
+{
+	char *text = g_malloc(KEY_MAX + 1);
+	FILE *file = fopen(path, "re");
+
+	*size = 0;
+	if (!file && errno == ENOENT) {
+		g_free(text);
+		return NULL;
+	}
+	if (file)
+		*size = fread(text, 1, KEY_MAX + 1, file);
+	if (!file || ferror(file))
+		fail_errno(error, path);
+	else if (!*size || *size > KEY_MAX)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "%s: a key has 1 to %d bytes",
+			    path, KEY_MAX);
+	else
+		goto out;
+	explicit_bzero(text, KEY_MAX + 1);
+	g_clear_pointer(&text, g_free);
+out:
+	if (file)
+		fclose(file);
+
+	return text;
+}
+
+static gboolean write_key(const char *path, const char *text, size_t size, uid_t user,
+			  gid_t group, GError **error)
+{
+	if (!g_file_set_contents_full(path, text, size, G_FILE_SET_CONTENTS_CONSISTENT, 0400,
+				      error))
+		return FALSE;
+	if (chown(path, user, group)) {
+		fail_errno(error, path);
+		unlink(path);
+		return FALSE;
+	}
+
+	return TRUE;
+}
+
+static char *new_key(size_t *size, GError **error)
 {
 	unsigned char bytes[32];
 	GString *text;
-	char *dir;
-	gboolean fine;
 	size_t i;
 
-	if (!access(path, F_OK)) {
-		done("the secret is that in %s", path);
-		return TRUE;
+	if (getrandom(bytes, sizeof(bytes), 0) != sizeof(bytes)) {
+		fail_errno(error, "getrandom");
+		return NULL;
 	}
-	/* a folder that isn't there is one of ours */
-	dir = g_path_get_dirname(path);
-	fine = !g_mkdir_with_parents(dir, 0711) || fail_errno(error, dir);
-	g_free(dir);
-	if (!fine)
-		return FALSE;
-	if (getrandom(bytes, sizeof(bytes), 0) != sizeof(bytes))
-		return fail_errno(error, "getrandom");
-	text = g_string_new(NULL);
+	text = g_string_sized_new(2 * sizeof(bytes) + 1);
 	for (i = 0; i < sizeof(bytes); i++)
 		g_string_append_printf(text, "%02x", bytes[i]);
-	fine = write_file(path, text->str, 0400, error);
 	explicit_bzero(bytes, sizeof(bytes));
-	explicit_bzero(text->str, text->len);
-	g_string_free(text, TRUE);
-	if (fine && chown(path, user, group)) {
-		fail_errno(error, path);
-		unlink(path);
-		fine = FALSE;
+	*size = text->len;
+
+	return g_string_free(text, FALSE);
+}
+
+static void free_key(char *key, size_t size)
+{
+	if (key)
+		explicit_bzero(key, size);
+	g_free(key);
+}
+
+static char *default_key(const char *uuid)
+{
+	return g_strdup_printf(KEY_DIR "/libvirt-%s.key", uuid);
+}
+
+/* What was in its place, for who has to put it back; text NULL: nothing */
+struct old_key {
+	bool changed;
+	char *text;
+	size_t size;
+};
+
+/* QEMU's file with the secret: that of from, or the one that is there, or a new one */
+static gboolean make_key(const char *path, const char *from, uid_t user, gid_t group,
+			 struct old_key *old, GError **error)
+{
+	GError *local = NULL;
+	char *key = NULL;
+	struct stat now;
+	gboolean fine;
+	size_t size = 0;
+
+	if (!make_key_dir(ETC_DIR, error) || !make_key_dir(KEY_DIR, error))
+		return FALSE;
+	old->text = read_key(path, &old->size, &local);
+	if (!local && from) {
+		key = read_key(from, &size, &local);
+		if (!key && !local)
+			g_set_error(&local, G_FILE_ERROR, G_FILE_ERROR_NOENT, "%s: %s", from,
+				    strerror(ENOENT));
+	} else if (!local && !old->text) {
+		key = new_key(&size, &local);
 	}
-	if (fine)
-		done("made a secret for the tool and QEMU: %s", path);
+	if (local) {
+		g_propagate_error(error, local);
+		return FALSE;
+	}
+	if (!key || (old->text && size == old->size && !memcmp(key, old->text, size))) {
+		fine = !stat(path, &now) &&
+		       ((now.st_uid == user && (now.st_mode & 07777) == 0400) ||
+			(!chown(path, user, group) && !chmod(path, 0400)));
+		if (!fine)
+			fail_errno(error, path);
+		else
+			done("the secret is that in %s", path);
+	} else {
+		old->changed = true;
+		fine = write_key(path, key, size, user, group, error);
+		if (fine && from)
+			done("QEMU gets a copy of the secret in %s: %s", from, path);
+		else if (fine)
+			done("made a secret for the tool and QEMU: %s", path);
+	}
+	free_key(key, size);
 
 	return fine;
 }
 
-/* A path in an AppArmor rule: quoted, and what would be a pattern isn't */
-static char *apparmor_path(const char *path)
+/* Those of the domain go, but for one to keep.  What somebody else made isn't ours
+ * to remove.  *found: there was one */
+static gboolean remove_keys(const char *uuid, const struct domain_setup *old, const char *keep,
+			    gboolean *found, GError **error)
+{
+	char *usual = default_key(uuid);
+	const char *paths[] = { usual, old->key_file };
+	gboolean fine = TRUE;
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(paths); i++) {
+		if (!paths[i] || !g_strcmp0(paths[i], keep) ||
+		    !g_str_has_prefix(paths[i], KEY_DIR "/"))
+			continue;
+		if (!unlink(paths[i])) {
+			done("removed the secret %s", paths[i]);
+			*found = TRUE;
+		} else if (errno != ENOENT) {
+			fine = fail_errno(error, paths[i]);
+			break;
+		}
+	}
+	g_free(usual);
+
+	return fine;
+}
+
+/* AppArmor sees where symlinks lead to.  The last part need not be there yet */
+static char *real_path(const char *path)
+{
+	char *real = realpath(path, NULL), *dir, *base, *result;
+
+	if (real) {
+		result = g_strdup(real);
+		free(real);
+		return result;
+	}
+	dir = g_path_get_dirname(path);
+	base = g_path_get_basename(path);
+	real = realpath(dir, NULL);
+	result = real ? g_build_filename(real, base, NULL) : g_strdup(path);
+	free(real);
+	g_free(base);
+	g_free(dir);
+
+	return result;
+}
+
+/* A path in an AppArmor rule: quoted, and what would be a pattern isn't.  The
+ * profile's name becomes the variable: every domain's profile gets to see the rule,
+ * and in all but one it is of no use */
+static char *apparmor_path(const char *path, const char *profile)
 {
 	GString *text = g_string_new("\"");
 
-	for (; *path; path++) {
+	while (*path) {
+		if (g_str_has_prefix(path, profile)) {
+			g_string_append(text, "@{profile_name}");
+			path += strlen(profile);
+			continue;
+		}
 		if (strchr("\"\\*?[]{}^@", *path))
 			g_string_append_c(text, '\\');
-		g_string_append_c(text, *path);
+		g_string_append_c(text, *path++);
 	}
 	g_string_append_c(text, '"');
 
 	return g_string_free(text, FALSE);
+}
+
+static void add_rule(GString *rules, const char *profile, const char *path, const char *mode)
+{
+	char *real = path ? real_path(path) : NULL;
+	char *quoted = real ? apparmor_path(real, profile) : NULL;
+	char *line = quoted ? g_strdup_printf("  %s %s,\n", quoted, mode) : NULL;
+
+	if (line && !strstr(rules->str, line))
+		g_string_append(rules, line);
+	g_free(line);
+	g_free(quoted);
+	g_free(real);
 }
 
 /* The lines of this domain in /etc/apparmor.d/local/NAME become these (NULL: none).
@@ -402,12 +627,22 @@ static int local_rules(const char *name, const char *uuid, const char *rules,
 	char *path = g_strconcat(APPARMOR "local/", name, NULL);
 	char *dir = g_path_get_dirname(path);
 	char *mark = g_strdup_printf(" # kvmi libvirt, domain %s", uuid);
+	/* in a file that wasn't there before */
+	static const char made[] = "# made by kvmi libvirt, which removes it with its last rule\n";
 	char *before = NULL, **lines, **line;
 	GString *now = g_string_new(NULL);
+	struct stat old;
+	mode_t mode = 0644;
+	gboolean empty;
 	int result = 0;
 
-	if (!g_file_get_contents(path, &before, NULL, NULL))
+	if (!g_file_get_contents(path, &before, NULL, NULL)) {
 		before = g_strdup("");
+		if (rules)
+			g_string_append(now, made);
+	} else if (!stat(path, &old)) {
+		mode = old.st_mode & 07777;
+	}
 	lines = g_strsplit(before, "\n", -1);
 	for (line = lines; *line; line++)
 		if (!g_str_has_suffix(*line, mark) && (line[1] || **line))
@@ -418,12 +653,16 @@ static int local_rules(const char *name, const char *uuid, const char *rules,
 		if (**line)
 			g_string_append_printf(now, "%s%s\n", *line, mark);
 	g_strfreev(lines);
+	empty = !strcmp(now->str, made);
 	if (strcmp(now->str, before)) {
 		result = 1;
 		if (g_mkdir_with_parents(dir, 0755)) {
 			fail_errno(error, dir);
 			result = -1;
-		} else if (!write_file(path, now->str, 0644, error)) {
+		} else if (empty && unlink(path)) {
+			fail_errno(error, path);
+			result = -1;
+		} else if (!empty && !write_file(path, now->str, mode, error)) {
 			result = -1;
 		} else {
 			done("%s rules %s %s", rules ? "wrote AppArmor" : "removed AppArmor",
@@ -470,65 +709,106 @@ static gboolean reload(const char *name, const char *file, GError **error)
 	return parser(there ? "-r" : "-Q", file, error);
 }
 
+/* Whether the rules are such as AppArmor takes, in a profile like the domain's */
+static gboolean check_rules(const char *name, GError **error)
+{
+	char *text = g_strdup_printf("#include <tunables/global>\n"
+				     "profile %s flags=(attach_disconnected) {\n"
+				     "  #include <" DOMAIN_RULES ">\n}\n", name);
+	char *path = NULL;
+	int fd = g_file_open_tmp("kvmi-XXXXXX", &path, error);
+	gboolean fine = fd >= 0;
+
+	if (fine) {
+		close(fd);
+		fine = write_file(path, text, 0600, error) && parser("-Q", path, error);
+		unlink(path);
+	}
+	g_free(path);
+	g_free(text);
+
+	return fine;
+}
+
 /* Rules for the domain's profile, and, for an emulator in an unusual place, for
- * the daemon, which starts it.  setup NULL: none */
+ * the daemon, which starts it.  What every domain's profile includes is the one
+ * place that there is, see apparmor_path().  also: another setup whose files it
+ * needs.  setup NULL: none */
 static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setup,
-			       GError **error)
+			       const struct domain_setup *also, gboolean vsock, GError **error)
 {
 	static const char *const daemons[] = { "libvirtd", "virtqemud" };
 	char *name = g_strconcat("libvirt-", uuid, NULL);
 	char *profile = g_strconcat(APPARMOR "libvirt/", name, NULL);
+	char *emulator = setup && setup->emulator ? real_path(setup->emulator) : NULL;
 	GString *rules = g_string_new(NULL);
 	gboolean fine = TRUE;
-	char *path;
 	size_t i;
 
 	if (setup) {
-		if (setup->socket) {
-			path = apparmor_path(setup->socket);
-			g_string_append_printf(rules, "  %s rw,\n", path);
-			g_free(path);
+		add_rule(rules, name, setup->socket, "rw");
+		add_rule(rules, name, setup->key_file, "r");
+		if (also) {
+			add_rule(rules, name, also->socket, "rw");
+			add_rule(rules, name, also->key_file, "r");
 		}
-		if (setup->key_file) {
-			path = apparmor_path(setup->key_file);
-			g_string_append_printf(rules, "  %s r,\n", path);
-			g_free(path);
-		}
+		if (vsock)
+			g_string_append(rules, "  network vsock stream,\n");
+		add_rule(rules, name, emulator, "rmix");
+		if (setup->socket && !strstr(setup->socket, name))
+			done("AppArmor cannot keep other domains from %s: only from one with %s in its path",
+			     setup->socket, name);
 	}
-	path = setup && setup->emulator && !g_str_has_prefix(setup->emulator, "/usr/bin/") ?
-		apparmor_path(setup->emulator) : NULL;
-	if (path)
-		g_string_append_printf(rules, "  %s rmix,\n", path);
 	switch (local_rules(DOMAIN_RULES, uuid, setup ? rules->str : NULL, error)) {
 	case -1:
 		fine = FALSE;
 		break;
 	case 1:
 		/* a profile is there once the domain was started */
-		if (!access(profile, F_OK))
-			fine = reload(name, profile, error);
+		fine = (!setup || check_rules(name, error)) &&
+		       (access(profile, F_OK) || reload(name, profile, error));
 	}
 	for (i = 0; fine && i < G_N_ELEMENTS(daemons); i++) {
 		char *base = g_strconcat("usr.sbin.", daemons[i], NULL);
 		char *daemon = g_strconcat(APPARMOR, base, NULL);
-		char *rule = path ? g_strdup_printf("  %s PUx,\n", path) : NULL;
+		GString *rule = g_string_new(NULL);
 
+		if (emulator && !g_str_has_prefix(emulator, "/usr/bin/"))
+			add_rule(rule, name, emulator, "PUx");
 		if (!access(daemon, F_OK)) {
-			int changed = local_rules(base, uuid, rule, error);
+			int changed = local_rules(base, uuid, *rule->str ? rule->str : NULL, error);
 
 			fine = changed >= 0 &&
 			       (!changed || reload(daemons[i], daemon, error));
 		}
-		g_free(rule);
+		g_string_free(rule, TRUE);
 		g_free(daemon);
 		g_free(base);
 	}
-	g_free(path);
+	g_free(emulator);
 	g_free(profile);
 	g_free(name);
 	g_string_free(rules, TRUE);
 
 	return fine;
+}
+
+/* Whether the host's KVM lets a domain with the object start */
+static gboolean host_introspects(GError **error)
+{
+	char *text = NULL;
+	gboolean there = g_file_get_contents("/sys/module/kvm/parameters/introspection", &text,
+					     NULL, NULL);
+	gboolean yes = there && *text == 'Y';
+
+	if (!yes)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "%s, so the domain could not start any more: see kvmi doctor", there ?
+			    "introspection is turned off in the host's KVM" :
+			    "the host's KVM has no introspection, or is not loaded");
+	g_free(text);
+
+	return yes;
 }
 
 static gboolean knows_kvmi(const char *emulator, GError **error)
@@ -576,16 +856,43 @@ static gboolean define(virDomain *domain, const char *xml, GError **error)
 	return TRUE;
 }
 
-/* A file's name for the domain: its own, if it is fit for that */
-static char *file_name(virDomain *domain, const char *uuid)
+/* The domain's snapshots have an XML of their own: how many have the object in it, or
+ * have it not */
+static int snapshots(virDomain *domain, gboolean with)
 {
-	const char *name = virDomainGetName(domain), *c;
+	virDomainSnapshot **list = NULL;
+	int count = virDomainListAllSnapshots(domain, &list, 0), i, found = 0;
 
-	for (c = name; *c; c++)
-		if (!g_ascii_isalnum(*c) && !strchr("_.-", *c))
-			return g_strdup(uuid);
+	for (i = 0; i < count; i++) {
+		char *xml = virDomainSnapshotGetXMLDesc(list[i], 0);
 
-	return g_strdup(*name == '.' ? uuid : name);
+		found += with == (!xml || strstr(xml, XML_CHARDEV_ID));
+		free(xml);
+		virDomainSnapshotFree(list[i]);
+	}
+	free(list);
+
+	return found;
+}
+
+/* Whether the object will come back with an XML that we don't change, and in what */
+static gboolean kept_object(virDomain *domain, char **where)
+{
+	int count = snapshots(domain, TRUE);
+	gboolean saved = FALSE;
+
+	if (virDomainHasManagedSaveImage(domain, 0) == 1) {
+		char *xml = virDomainManagedSaveGetXMLDesc(domain, 0);
+
+		saved = !xml || strstr(xml, XML_CHARDEV_ID);
+		free(xml);
+	}
+	if (where)
+		*where = !count ? g_strdup("its managed save image") :
+			 g_strdup_printf("%s%d snapshot%s", saved ? "its managed save image and " : "",
+					 count, count == 1 ? "" : "s");
+
+	return saved || count;
 }
 
 /* Whom QEMU runs as */
@@ -632,25 +939,24 @@ static gboolean check_path(const char *what, const char *path, GError **error)
 
 static gboolean enable(virDomain *domain, const struct options *o, GError **error)
 {
-	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
-	gboolean persistent = virDomainIsPersistent(domain) == 1;
+	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE, undo = FALSE;
+	gboolean persistent = virDomainIsPersistent(domain) == 1, found;
 	struct domain_setup setup = { 0 }, old = { 0 };
-	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *name = NULL, *foreign = NULL;
+	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *foreign = NULL;
 	const char *title = virDomainGetName(domain);
+	struct old_key key = { 0 };
 	char **vsock = NULL;
 	GError *why = NULL;
-	uid_t user;
-	gid_t group;
+	uid_t user = 0;
+	gid_t group = 0;
+	int count;
 
 	virDomainGetUUIDString(domain, uuid);
-	name = file_name(domain, uuid);
 	setup.socket = o->vsock ? NULL : o->socket ? g_strdup(o->socket) :
-		       g_strdup_printf(SOCKET_DIR "/%s.sock", name);
+		       g_strdup_printf(SOCKET_DIR "/libvirt-%s.sock", uuid);
 	setup.mutual = o->mutual;
-	setup.key_file = o->no_key ? NULL : o->key_file ? g_strdup(o->key_file) :
-			 g_strdup_printf(KEY_DIR "/%s.key", name);
-	if ((setup.socket && !check_path("--socket", setup.socket, error)) ||
-	    (setup.key_file && !check_path("--key-file", setup.key_file, error)))
+	setup.key_file = o->no_key ? NULL : default_key(uuid);
+	if (setup.socket && !check_path("--socket", setup.socket, error))
 		goto out;
 	if (o->vsock) {
 		vsock = g_strsplit(o->vsock, ":", 2);
@@ -664,6 +970,8 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 			goto out;
 		}
 	}
+	if (!host_introspects(error))
+		goto out;
 
 	xml = get_xml(domain);
 	if (!xml) {
@@ -686,11 +994,12 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 			goto out;
 		}
 	}
+	undo = TRUE;
 	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
 	    (setup.socket && !make_socket_dir(setup.socket, group, error)) ||
-	    (setup.key_file && !make_key(setup.key_file, user, group, error)) ||
+	    (setup.key_file && !make_key(setup.key_file, o->key_file, user, group, &key, error)) ||
 	    (!access(APPARMOR DOMAIN_RULES, F_OK) &&
-	     !apparmor_rules(uuid, &setup, error)))
+	     !apparmor_rules(uuid, &setup, new ? NULL : &old, o->vsock != NULL, error)))
 		goto out;
 	if (new && persistent) {
 		if (!define(domain, new, error))
@@ -698,8 +1007,11 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		done("changed the XML of %s: the kvmi object is in <qemu:commandline>%s%s", title,
 		     g_strcmp0(setup.emulator, old.emulator) ? ", <emulator> is " : "",
 		     g_strcmp0(setup.emulator, old.emulator) ? setup.emulator : "");
+		undo = FALSE;
 	}
-	if (!active) {
+	if (!active && virDomainHasManagedSaveImage(domain, 0) == 1) {
+		done("%s is shut off, and goes on from its managed save image as it was then: this takes effect when that is not used (virsh start --force-boot %s), or if you run it again after the start", title, title);
+	} else if (!active) {
 		done("%s is shut off: this takes effect when it is started", title);
 	} else if (plug(domain, &setup, vsock ? vsock[0] : NULL, vsock ? vsock[1] : NULL, &why)) {
 		done("%s is running: the object is in it already, no restart is needed%s", title,
@@ -710,18 +1022,35 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		g_propagate_error(error, g_steal_pointer(&why));
 		goto out;
 	}
+	undo = FALSE;
+	count = snapshots(domain, FALSE);
+	if (count)
+		done("%s has %d snapshot%s without the object: run this again if you revert to one",
+		     title, count, count == 1 ? "" : "s");
+	/* no longer that of the XML */
+	if (new && !kept_object(domain, NULL) && !remove_keys(uuid, &old, setup.key_file, &found, error))
+		goto out;
 	if (setup.socket)
 		done("Now start the tool: kvmi watch --socket %s --mode 0660%s%s%s", setup.socket,
 		     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "",
 		     setup.mutual ? " --mutual" : "");
 	fine = TRUE;
 out:
+	if (undo) {
+		/* The XML is still the one before: so shall be what it needs */
+		if (!access(APPARMOR DOMAIN_RULES, F_OK))
+			apparmor_rules(uuid, enabled ? &old : NULL, NULL, FALSE, NULL);
+		if (key.changed && !key.text)
+			unlink(setup.key_file);
+		else if (key.changed)
+			write_key(setup.key_file, key.text, key.size, user, group, NULL);
+	}
+	free_key(key.text, key.size);
 	g_clear_error(&why);
 	g_strfreev(vsock);
 	domain_setup_clear(&setup);
 	domain_setup_clear(&old);
 	g_free(foreign);
-	g_free(name);
 	g_free(new);
 	free(xml);
 
@@ -730,8 +1059,8 @@ out:
 
 static gboolean disable(virDomain *domain, GError **error)
 {
-	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
-	char uuid[VIR_UUID_STRING_BUFLEN], *xml, *new = NULL, *foreign = NULL;
+	gboolean active = virDomainIsActive(domain) == 1, enabled, found = FALSE, fine = FALSE;
+	char uuid[VIR_UUID_STRING_BUFLEN], *xml, *new = NULL, *foreign = NULL, *kept = NULL;
 	const char *title = virDomainGetName(domain);
 	struct domain_setup old = { 0 };
 
@@ -743,36 +1072,37 @@ static gboolean disable(virDomain *domain, GError **error)
 	}
 	if (!domain_xml_read(xml, &enabled, &old, &foreign, error))
 		goto out;
+	/* First what can fail: run once more, this knows from the XML what to do */
+	if (active) {
+		if (!unplug(domain, &found, error)) {
+			g_prefix_error(error, "%s still has the object, and its XML is unchanged: ", title);
+			goto out;
+		}
+		if (found)
+			done("the object is out of the running %s", title);
+	}
 	if (enabled && virDomainIsPersistent(domain) == 1) {
 		new = domain_xml_disable(xml, error);
 		if (!new || !define(domain, new, error))
 			goto out;
-		done("the XML of %s is what it was before", title);
+		done("the XML of %s is without the object", title);
+		found = TRUE;
 	}
-	if (active) {
-		if (!unplug(domain, error)) {
-			g_prefix_error(error, "%s still has the object: ", title);
-			goto out;
-		}
-		done("the object is out of the running %s", title);
-	}
-	if (!access(APPARMOR DOMAIN_RULES, F_OK) &&
-	    !apparmor_rules(uuid, NULL, error))
+	if (kept_object(domain, &kept)) {
+		done("%s still has it in %s: the secret and the AppArmor rules stay for that.  When you no longer need it (virsh managedsave-remove, virsh snapshot-delete), run this again", title, kept);
+		fine = TRUE;
 		goto out;
-	/* those that somebody else made aren't ours to remove */
-	if (old.key_file && g_str_has_prefix(old.key_file, KEY_DIR "/")) {
-		if (!unlink(old.key_file)) {
-			done("removed the secret %s", old.key_file);
-		} else if (errno != ENOENT) {
-			fail_errno(error, old.key_file);
-			goto out;
-		}
 	}
-	if (!enabled && !active)
+	if ((!access(APPARMOR DOMAIN_RULES, F_OK) &&
+	     !apparmor_rules(uuid, NULL, NULL, FALSE, error)) ||
+	    !remove_keys(uuid, &old, NULL, &found, error))
+		goto out;
+	if (!found)
 		done("%s was not enabled", title);
 	fine = TRUE;
 out:
 	domain_setup_clear(&old);
+	g_free(kept);
 	g_free(foreign);
 	g_free(new);
 	free(xml);
@@ -781,12 +1111,6 @@ out:
 }
 
 /* ---- status -------------------------------------------------------------- */
-
-static const char *text_of(JsonObject *object, const char *name)
-{
-	return object && json_object_has_member(object, name) ?
-	       json_object_get_string_member(object, name) : NULL;
-}
 
 /* A line; false if the domain could not be asked */
 static gboolean print_status(virDomain *domain, gboolean json)
@@ -806,10 +1130,9 @@ static gboolean print_status(virDomain *domain, gboolean json)
 		problem = error ? error->message : virGetLastErrorMessage();
 	if (active && !problem) {
 		node = query(domain, &error);
-		/* no such object, or no such command in this QEMU, isn't a problem */
 		if (node)
 			kvmi = json_node_get_object(node);
-		else if (!strstr(error->message, "kvmi"))
+		else if (error)
 			problem = error->message;
 	}
 	state = problem ? "unknown" : kvmi ? text_of(kvmi, "state") :
@@ -909,16 +1232,17 @@ static int status_main(virConnect *connection, char **names, gboolean json)
 	return result;
 }
 
-/* The host's files can only be changed here */
-static gboolean is_local(virConnect *connection)
+/* Why the domains there can't be set up; NULL: they can */
+static const char *unfit(const char *uri)
 {
-	char *uri = virConnectGetURI(connection);
-	const char *path = uri ? strstr(uri, "://") : NULL;
-	gboolean local = path && path[3] == '/' && !strncmp(uri, "qemu", 4);
+	const char *path = strstr(uri, "://");
 
-	free(uri);
+	if (!path || path[3] != '/' || strncmp(uri, "qemu", 4))
+		return "another host, or not QEMU: files have to be changed there, too; run this on it";
+	if (g_str_has_prefix(path + 3, "/session"))
+		return "the libvirt of a user, whose QEMU gets neither to the socket nor to the secret: define the domain in qemu:///system";
 
-	return local;
+	return NULL;
 }
 
 int libvirt_main(int argc, char **argv)
@@ -939,11 +1263,13 @@ int libvirt_main(int argc, char **argv)
 	virConnect *connection;
 	virDomain *domain;
 	GError *error = NULL;
-	const char *command;
-	gboolean fine;
+	gboolean fine, for_enable = FALSE;
+	const char *command, *why = NULL;
+	char *uri;
 	int option, result = EXIT_PROBLEM;
 
 	while ((option = getopt_long(argc, argv, "s:k:e:c:jh", options, NULL)) >= 0) {
+		for_enable |= strchr("svknme", option) != NULL;
 		switch (option) {
 		case 's':
 			o.socket = optarg;
@@ -985,21 +1311,35 @@ int libvirt_main(int argc, char **argv)
 		complain("kvmi libvirt %s wants the name of one domain", command);
 		return EXIT_USAGE;
 	}
+	if ((for_enable && strcmp(command, "enable")) || (o.json && strcmp(command, "status"))) {
+		complain("--json is for status, and all options but that and --connect for enable");
+		return EXIT_USAGE;
+	}
 	if ((o.socket && o.vsock) || (o.no_key && (o.key_file || o.mutual))) {
 		complain("--socket and --vsock, or --no-key and --key-file or --mutual, exclude each other");
 		return EXIT_USAGE;
 	}
 
+	/* What others have to read isn't for root alone */
+	umask(022);
 	virSetErrorFunc(NULL, quiet);
+	if (strcmp(command, "status") && strstr(o.uri, "://"))
+		why = unfit(o.uri);
+	if (why) {
+		complain("%s is %s", o.uri, why);
+		return EXIT_PROBLEM;
+	}
 	connection = virConnectOpen(o.uri);
 	if (!connection) {
 		complain("libvirt: %s", virGetLastErrorMessage());
 		return EXIT_PROBLEM;
 	}
+	/* What was given may be an alias of libvirt's configuration */
+	uri = virConnectGetURI(connection);
 	if (!strcmp(command, "status")) {
 		result = status_main(connection, argv + optind, o.json);
-	} else if (!is_local(connection)) {
-		complain("%s is another host: files have to be changed there, too; run this on it", o.uri);
+	} else if (!uri || (why = unfit(uri))) {
+		complain("%s is %s", o.uri, uri ? why : virGetLastErrorMessage());
 	} else {
 		domain = virDomainLookupByName(connection, argv[optind]);
 		if (!domain)
@@ -1017,6 +1357,7 @@ int libvirt_main(int argc, char **argv)
 			virDomainFree(domain);
 		}
 	}
+	free(uri);
 	virConnectClose(connection);
 	xmlCleanupParser();
 
