@@ -30,7 +30,9 @@ def matrices():
 def run_meanwhile(amd, name):
     host.libvirt_guest_image()
     later, name = name.startswith("libvirt11"), name.replace("libvirt11_", "libvirt_")
-    options = ["--libvirt", host.libvirt11()] if later else []
+    options = ["--libvirt", host.fetch_libvirt()] if later else []
+    if name == "libvirt_apparmor_driver" and not later:
+        options = ["--profiles", host.fetch_libvirt("--profiles")]
     # In a host of their own: the domain, which runs on after a scenario, and the guest of other tests would connect to the same tool
     return amd.run(["/usr/bin/python3", host.HERE / "libvirt_scenarios.py", *options, name], libvirt_scenarios.SCENARIOS[name].timeout,
                    kind="libvirt11" if later else "libvirt")

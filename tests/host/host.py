@@ -423,9 +423,10 @@ def libvirt_guest_image():
     return image
 
 
-def libvirt11():
-    """The folder with the files of libvirt 11, of which Debian 12 has only 9.0; / if this machine's libvirt is that one."""
-    command = [TOP / "scripts/fetch-libvirt"]
+def fetch_libvirt(*options):
+    """The folder with the files of libvirt 11, of which Debian 12 has only 9.0; / if this machine's libvirt is that one. --profiles: with
+    AppArmor's profiles for this machine's libvirt."""
+    command = [TOP / "scripts/fetch-libvirt", *options]
     config = BUILD / "config.sh"
     cache = re.search(r"^CACHE='(.+)'$", config.read_text(), re.M) if config.exists() else None
     if cache:

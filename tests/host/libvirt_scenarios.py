@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Scenarios with the real libvirtd: run in the AMD host, one a process, by tests/test_libvirt.py; by hand:
 
-    tests/host/run amd -- tests/host/libvirt_scenarios.py [--libvirt FOLDER] NAME…
+    tests/host/run amd -- tests/host/libvirt_scenarios.py [--libvirt FOLDER] [--profiles FOLDER] NAME…
 
 --libvirt: with the libvirt that scripts/fetch-libvirt has put there, in place of the machine's.
+--profiles: AppArmor's profiles for the machine's, from scripts/fetch-libvirt --profiles; one scenario needs them.
 
 They share libvirtd and one domain, as those of scenarios.py share a guest. Each operation with a kind of tool is a line of the
 matrix that the tests leave in build/host/libvirt.md.
@@ -26,9 +27,10 @@ from pathlib import Path
 from gate import Aside, record
 from inside import BUILD, HOT, PATIENT_MS, QMP, Guest, Watch, patience, symbols, wait_until
 from scenarios import breakpoint_offsets, code, hook, info, same_memory, wait_state
-from virsh import DEADLINE, Domain, Libvirtd, VirshError, use_libvirt
+from virsh import DEADLINE, FROM, Domain, Libvirtd, VirshError, use_libvirt
 
 SCENARIOS = {}
+PROFILES = Path("/")
 # What QEMU waits for the tool at; the tool is cut off at the rest.
 WAITS = {"stop", "save", "migrate", "suspend"}
 # The kinds of tool
@@ -777,7 +779,13 @@ def kvmi_status(name):
 def files():
     """What enable may leave on the host."""
     places = [Path("/etc/kvmi/keys"), Path("/etc/apparmor.d/local")]
-    return {str(p): p.read_bytes() for place in places for p in place.rglob("*") if p.is_file()}
+    return {str(p): (p.read_bytes(), p.stat().st_mode) for place in places for p in place.rglob("*") if p.is_file()}
+
+
+def places(d):
+    """Where the domain's tool listens, and its secret."""
+    uuid = d.virsh("domuuid").strip()
+    return f"/run/kvmi/libvirt-{uuid}.sock", f"/etc/kvmi/keys/libvirt-{uuid}.key"
 
 
 @scenario(kvmi=False)
@@ -793,12 +801,14 @@ def libvirt_enable_live(d):
         assert (s["state"], s["kvmi"]["authenticated"]) == ("hooked", True), s
 
     before, disk = dumpxml(), files()
+    socket, key = places(d)
     assert kvmi_status(d.name)["state"] == "off"
+    assert kvmi_libvirt("disable", d.name) == f"{d.name} was not enabled\n"
     said = kvmi_libvirt("enable", d.name)
-    assert "no restart is needed" in said and "/run/kvmi/guest.sock" in said, said
+    assert "no restart is needed" in said and f"kvmi watch --socket {socket} --mode 0660 --key-file {key}" in said, said
     assert "kvmi0" in dumpxml()
-    assert os.stat("/etc/kvmi/keys/guest.key").st_mode & 0o777 == 0o400 and os.stat("/run/kvmi").st_mode & 0o7777 == 0o2750
-    options = ["--socket", "/run/kvmi/guest.sock", "--key-file", "/etc/kvmi/keys/guest.key", "--mode", "0660"]
+    assert os.stat(key).st_mode & 0o777 == 0o400 and os.stat("/run/kvmi").st_mode & 0o7777 == 0o2750
+    options = ["--socket", socket, "--key-file", key, "--mode", "0660"]
     with Watch(*HOT, options=options) as w:
         tool_at_work(w)
         told = w.mark()
@@ -809,22 +819,136 @@ def libvirt_enable_live(d):
         tool_at_work(w)
         s = kvmi_status(d.name)
         assert s["auth"] == s["kvmi"]["auth"] == "hmac", s
+        # Seeing it: the event, as often as it takes for virsh to listen
+        listener = d.begin("qemu-monitor-event", "--event", "KVMI_UNHOOKED", "--timeout", "100")
+        while listener.process.poll() is None:
+            told = w.mark()
+            d.virsh("suspend")
+            w.event("closed", since=told, reason="unhook")
+            d.virsh("resume")
+            tool_at_work(w, told)
+        said = listener.result()
+        print(said)
+        assert '"action":"stop"' in said and '"outcome":"clean"' in said, said
         told = w.mark()
         d.virsh("suspend")
         w.event("closed", since=told, reason="unhook")
-        kvmi_libvirt("status")
+        # One line for each domain, for people and for programs
+        other = Domain(d.libvirtd, "other")
+        other.define(kvmi=False)
+        lines = kvmi_libvirt("status").splitlines()
+        assert len(lines) == 2 and re.fullmatch("other +off +-", lines[1]), lines
+        assert re.fullmatch(rf"{d.name} +unhooked +unix:{socket}  last: stop, clean, [0-9.]+ ms", lines[0]), lines
+        both = [json.loads(line) for line in kvmi_libvirt("status", "--json").splitlines()]
+        assert [(s["domain"], s["state"], s["enabled"]) for s in both] == [(d.name, "unhooked", True), ("other", "off", False)], both
+        other.remove()
         d.virsh("destroy")
         assert kvmi_status(d.name)["state"] == "shut-off"
         told = w.mark()
         d.boot()
         tool_at_work(w, told)
+        # Enabled, but not in the running QEMU
         told = w.mark()
-        kvmi_libvirt("disable", d.name)
+        d.qmp.execute("object-del", id="kvmi0")
         w.event("closed", since=told, timeout=20)
+        wait_until(lambda: kvmi_status(d.name)["state"] == "restart", 20, "the object to be gone")
+        assert re.fullmatch(rf"{d.name} +restart +unix:{socket}\n", kvmi_libvirt("status", d.name))
+        assert "no restart is needed" in kvmi_libvirt("enable", d.name, "--mutual")
+        tool_at_work(w, told)
+        # With a tool that does not leave, nothing is taken from under the domain, and later all of it
+        d.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=100000)
+        d.qmp.execute("qom-set", path="/objects/kvmi0", property="silence-timeout-ms", value=0)
+        enabled, told = dumpxml(), w.mark()
+        w.signal(signal.SIGSTOP)
+        assert "still has the object" in kvmi_libvirt("disable", d.name, fails=True)
+        assert dumpxml() == enabled and Path(key).exists()
+        w.signal(signal.SIGCONT)
+        w.event("closed", since=told, timeout=20)
+        kvmi_libvirt("disable", d.name)
     assert kvmi_status(d.name)["state"] == "off"
     assert dumpxml() == before, f"the XML is not what it was:\n{before}\n{dumpxml()}"
     assert files() == disk, f"left on the host: {set(files()) ^ set(disk)}"
     d.wait_alive()
+
+
+@scenario(kvmi=False)
+def libvirt_enable_vsock(d):
+    """A tool on vsock, in the running domain only: what its XML needs stays, and disable leaves nothing."""
+    for m in ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"):
+        if not os.path.exists(f"/sys/module/{m}"):
+            subprocess.run(["insmod", BUILD / f"linux/stock/{m}.ko"], check=True, timeout=20)
+    before, disk = d.virsh("dumpxml", "--inactive"), files()
+    abstraction, local = Path("/etc/apparmor.d/abstractions/libvirt-qemu"), Path("/etc/apparmor.d/local/abstractions/libvirt-qemu")
+    abstraction.write_text("  include if exists <local/abstractions/libvirt-qemu>\n")
+    secret = d.dir / "secret"
+    secret.write_text("the tool's secret")
+    try:
+        kvmi_libvirt("enable", d.name, "--key-file", str(secret))
+        enabled = d.virsh("dumpxml", "--inactive")
+        socket, key = places(d)
+        said = kvmi_libvirt("enable", d.name, "--vsock", "1:5000")
+        assert "gone when the domain is shut off" in said, said
+        assert d.virsh("dumpxml", "--inactive") == enabled
+        rules = local.read_text()
+        assert "network vsock stream," in rules and "/run/kvmi/@{profile_name}.sock" in rules and "/etc/kvmi/keys/@{profile_name}.key" in rules, rules
+        with Watch(*HOT, options=["--socket", "vsock:5000", "--key-file", str(secret)]) as w:
+            w.event("hit", count=5, timeout=60)
+            assert re.fullmatch(rf"{d.name} +hooked +vsock:1:5000\n", kvmi_libvirt("status", d.name))
+        assert "--vsock wants" in kvmi_libvirt("enable", d.name, "--vsock", "1", fails=True)
+        kvmi_libvirt("disable", d.name)
+        assert not Path(key).exists()
+        kvmi_libvirt("enable", d.name, "--vsock", "1:5000")     # not in its XML at all
+        assert Path(key).exists() and d.virsh("dumpxml", "--inactive") == before
+        kvmi_libvirt("disable", d.name)
+        assert d.virsh("dumpxml", "--inactive") == before and files() == disk, set(files()) ^ set(disk)
+    finally:
+        abstraction.unlink()
+
+
+@scenario()
+def libvirt_enable_by_hand(d):
+    """A kvmi object that somebody made by hand, with the id that enable's has, stays his."""
+    before, disk = d.virsh("dumpxml", "--inactive"), files()
+    assert kvmi_status(d.name)["state"] == "connecting"
+    assert kvmi_libvirt("disable", d.name) == f"{d.name} was not enabled\n"
+    assert "it has a KVMI object already" in kvmi_libvirt("enable", d.name, fails=True)
+    assert "isn't of kvmi libvirt" in kvmi_libvirt("enable", d.name, "--vsock", "1:5000", fails=True)
+    assert info(d)["chardev"] == "tool" and d.virsh("dumpxml", "--inactive") == before and files() == disk
+    with tool(d):
+        pass
+
+
+@scenario(kvmi=False)
+def libvirt_enable_saved(d):
+    """Managed save images and snapshots keep an XML of their own: with the object after disable, without it after enable. The
+    first still find what they need, of the second one is told."""
+    disk = files()
+    _, key = places(d)
+    d.virsh("managedsave")
+    said = kvmi_libvirt("enable", d.name)
+    assert "goes on from its managed save image" in said and "takes effect when it is started" not in said, said
+    d.virsh("start")
+    d.booted()
+    assert kvmi_status(d.name)["state"] == "restart"
+    assert "no restart is needed" in kvmi_libvirt("enable", d.name)
+    d.virsh("managedsave")
+    said = kvmi_libvirt("disable", d.name)
+    assert "still has it in its managed save image" in said and Path(key).exists(), said
+    d.virsh("start")
+    d.booted()
+    assert kvmi_status(d.name)["state"] == "connecting"
+    kvmi_libvirt("disable", d.name)
+    assert files() == disk and kvmi_status(d.name)["state"] == "off"
+    d.virsh("snapshot-create-as", "without")
+    assert "has 1 snapshot without the object" in kvmi_libvirt("enable", d.name)
+    d.virsh("snapshot-create-as", "with")
+    assert "still has it in 1 snapshot:" in kvmi_libvirt("disable", d.name)
+    d.virsh("snapshot-revert", "with")
+    d.booted()
+    d.virsh("snapshot-delete", "with")
+    kvmi_libvirt("disable", d.name)
+    assert files() == disk
+    d.virsh("snapshot-delete", "without")
 
 
 @scenario(kvmi=None)
@@ -843,12 +967,37 @@ def libvirt_enable_offline(d):
     assert "absolute path" in kvmi_libvirt("enable", d.name, "--socket", "relative", fails=True)
     assert "does not run" in kvmi_libvirt("enable", d.name, "--vsock", "2:1", fails=True)
     assert "no domain" in kvmi_libvirt("enable", "nobody", fails=True)
+    assert "qemu:///system" in kvmi_libvirt("--connect", "qemu:///session", "enable", d.name, fails=True)
+    assert "another host" in kvmi_libvirt("--connect", "qemu+ssh://nowhere/system", "enable", d.name, fails=True)
+    assert "--json is for status" in kvmi_libvirt("disable", d.name, "--no-key", fails=True)
+    # What could not be started any more
+    parameter, off = "/sys/module/kvm/parameters/introspection", d.dir / "off"
+    off.write_text("N\n")
+    subprocess.run(["mount", "--bind", off, parameter], check=True, timeout=20)
+    try:
+        assert "turned off" in kvmi_libvirt("enable", d.name, fails=True)
+    finally:
+        subprocess.run(["umount", parameter], check=True, timeout=20)
+    emulated = d.dir / "emulated.xml"
+    emulated.write_text(d.xml(kvmi=False).replace("<domain type='kvm'", "<domain type='qemu'").replace(d.name, "emulated").replace("host-passthrough", "maximum"))
+    d.libvirtd.virsh("define", emulated)
+    assert "only KVM has introspection" in kvmi_libvirt("enable", "emulated", fails=True)
+    d.libvirtd.virsh("undefine", "emulated")
+    # What libvirt does not take leaves nothing behind
+    disk = files()
+    Path(f"/etc/libvirt/qemu/{d.name}.xml.new").mkdir()
+    assert "does not take the changed XML" in kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", fails=True)
+    Path(f"/etc/libvirt/qemu/{d.name}.xml.new").rmdir()
+    assert files() == disk and d.virsh("dumpxml", "--inactive") == before
     said = kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--socket", f"{d.dir}/a,b.sock", "--no-key")
     assert "when it is started" in said, said
     with Watch(*HOT, options=["--socket", f"{d.dir}/a,b.sock"]) as w:
         d.boot()
         w.event("hit", count=5, timeout=60)
-    d.virsh("destroy")
+        d.virsh("qemu-monitor-command", json.dumps({"execute": "qom-set", "arguments": {"path": "/objects/kvmi0", "property": "on-shutdown", "value": "announce"}}))
+        told = w.mark()
+        d.virsh("destroy")
+        w.event("closed", since=told, reason="unhook")
     kvmi_libvirt("disable", d.name)
     assert d.virsh("dumpxml", "--inactive") == before
     d.remove()
@@ -875,9 +1024,9 @@ def libvirt_enable_stock_user(_):
         d.create_disk()
         shutil.chown(d.disk, 64055, 64055)
         kvmi_libvirt("--connect", libvirtd.uri, "enable", d.name)
-        key = os.stat("/etc/kvmi/keys/confined.key")
-        assert (key.st_uid, key.st_mode & 0o777) == (64055, 0o400), key
-        with Watch(*HOT, options=["--socket", "/run/kvmi/confined.sock", "--mode", "0660", "--key-file", "/etc/kvmi/keys/confined.key"]) as w:
+        socket, key = places(d)
+        assert (os.stat(key).st_uid, os.stat(key).st_mode & 0o777) == (64055, 0o400), os.stat(key)
+        with Watch(*HOT, options=["--socket", socket, "--mode", "0660", "--key-file", key]) as w:
             d.virsh("start")
             assert b"libvirt-qemu" in subprocess.run(["ps", "-C", "qemu-kvmi", "-o", "user:20="], stdout=subprocess.PIPE, timeout=20).stdout
             w.event("hit", count=5, timeout=400)
@@ -890,20 +1039,22 @@ def libvirt_enable_stock_user(_):
 @scenario(kvmi=None)
 def libvirt_enable_apparmor(d):
     """The rules that enable writes are what AppArmor takes, and with them a process confined like the domain's QEMU gets to the socket
-    and the secret, and nothing else; so QEMU itself, which is hooked and asks the tool to leave. A profile that is loaded is loaded anew.
-    Debian's profiles include the local files in just this way."""
+    and the secret, and nothing else; so QEMU itself, which is hooked and asks the tool to leave. Another domain's QEMU gets to neither
+    of them. A profile that is loaded is loaded anew. Debian's profiles include the local files in just this way."""
     d.define(kvmi=False)
     d.create_disk()
     d.virsh("start")
     uuid = d.virsh("domuuid").strip()
     etc = Path("/etc/apparmor.d")
     (etc / "libvirt").mkdir(exist_ok=True)
-    profile = f"libvirt-{uuid}"
+    profile, stranger = f"libvirt-{uuid}", "libvirt-12345678-1234-1234-1234-123456789abc"
+    emulator = Path("/run/emulator")        # what counts for AppArmor is where it leads to
+    emulator.symlink_to(BUILD / "qemu/bin/qemu-system-x86_64")
     made = {etc / "abstractions/libvirt-qemu": "  #include <abstractions/base>\n  /usr/** mrix,\n  /run/out/** r,\n"
-                                               f"  {BUILD}/qemu/bin/* mrix,\n  /dev/kvm rw,\n  /run/confined/** rw,\n"
-                                               "  #include <local/abstractions/libvirt-qemu>\n",
-            etc / "libvirt" / profile: f"#include <tunables/global>\nprofile {profile} flags=(attach_disconnected) {{\n"
-                                       "  #include <abstractions/libvirt-qemu>\n}\n",
+                                               "  /dev/kvm rw,\n  /run/confined/** rw,\n"
+                                               "  include if exists <local/abstractions/libvirt-qemu>\n",
+            **{etc / "libvirt" / p: f"#include <tunables/global>\nprofile {p} flags=(attach_disconnected) {{\n"
+                                    "  #include <abstractions/libvirt-qemu>\n}\n" for p in (profile, stranger)},
             etc / "usr.sbin.libvirtd": "#include <tunables/global>\nprofile libvirtd /usr/sbin/libvirtd flags=(attach_disconnected) {\n"
                                        "  file,\n  #include <local/usr.sbin.libvirtd>\n}\n"}
     local = etc / "local/abstractions/libvirt-qemu"
@@ -911,14 +1062,15 @@ def libvirt_enable_apparmor(d):
         path.write_text(text)
         (etc / "local" / path.relative_to(etc)).parent.mkdir(parents=True, exist_ok=True)
     local.write_text("  # somebody else's\n")
+    local.chmod(0o640)
     (etc / "local/usr.sbin.libvirtd").write_text("")
 
-    def confined(code):
+    def confined(code, profile):
         return subprocess.run(["aa-exec", "-p", profile, "--", "/usr/bin/python3", "-Ic", code], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
 
-    def may(what):
-        r = confined(what)
+    def may(what, profile=profile):
+        r = confined(what, profile)
         print(what, "->", r.returncode, r.stdout.strip()[-100:])
         assert r.returncode == 0 or "Permission denied" in r.stdout, r.stdout
         return r.returncode == 0
@@ -930,21 +1082,33 @@ def libvirt_enable_apparmor(d):
         folder.mkdir()
         argv = ["aa-exec", "-p", profile, "--", f"{BUILD}/qemu/bin/qemu-system-x86_64", "-M", "q35", "-accel", "kvm", "-m", "64", "-nodefaults",
                 "-display", "none", "-qmp", f"unix:{folder}/qmp,server=on,wait=off", "-object", f"secret,id=key,file={key}", "-chardev",
-                "socket,id=tool,path=/run/kvmi/guest.sock,reconnect-ms=100", "-object", "kvmi,id=kvmi0,chardev=tool,key=key"]
+                f"socket,id=tool,path={socket},reconnect-ms=100", "-object", "kvmi,id=kvmi0,chardev=tool,key=key"]
         return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     connect = "import socket; socket.socket(socket.AF_UNIX).connect('{}')"
-    subprocess.run(["apparmor_parser", "-r", str(etc / "libvirt" / profile)], check=True, timeout=60)
+    socket, key = places(d)
+    other = Path("/etc/kvmi/other.key")
+    for p in (profile, stranger):
+        subprocess.run(["apparmor_parser", "-r", str(etc / "libvirt" / p)], check=True, timeout=60)
     try:
-        key, other = Path("/etc/kvmi/apparmor.key"), Path("/etc/kvmi/other.key")
-        kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--key-file", str(key))
+        # A mistake in the file is found before any QEMU needs it
+        local.write_text("  # somebody else's\n  /mistake wrong,\n")
+        assert "apparmor_parser -Q" in kvmi_libvirt("enable", d.name, fails=True)
+        assert "kvmi0" not in d.virsh("dumpxml", "--inactive") and not Path(key).exists()
+        assert local.read_text() == "  # somebody else's\n  /mistake wrong,\n", local.read_text()
+        local.write_text("  # somebody else's\n")
+
+        kvmi_libvirt("enable", d.name, "--emulator", str(emulator))
         other.write_text("another secret")
         rules = local.read_text()
         assert rules.startswith("  # somebody else's\n") and rules.count(uuid) == 3, rules
-        assert "PUx" in (etc / "local/usr.sbin.libvirtd").read_text()
-        with Watch(options=["--socket", "/run/kvmi/guest.sock", "--mode", "0660", "--key-file", str(key)]) as w:
+        assert f'"{emulator.resolve()}" PUx' in (etc / "local/usr.sbin.libvirtd").read_text()
+        # The domain next door, with the rules as they are now
+        subprocess.run(["apparmor_parser", "-r", str(etc / "libvirt" / stranger)], check=True, timeout=60)
+        assert may("open('/dev/null')", stranger) and not may(f"open('{key}')", stranger), "another domain's QEMU could read the secret"
+        with Watch(options=["--socket", socket, "--mode", "0660", "--key-file", key]) as w:
             w.event("ready", timeout=60)
-            assert may(connect.format("/run/kvmi/guest.sock")), "the domain's QEMU could not connect to its tool"
+            assert may(connect.format(socket)), "the domain's QEMU could not connect to its tool"
             with confined_qemu() as qemu:
                 try:
                     qmp = QMP("/run/confined/qmp")
@@ -961,32 +1125,129 @@ def libvirt_enable_apparmor(d):
         # (that another socket is out of reach only newer kernels enforce)
         assert may(f"open('{key}').read()"), "the domain's QEMU could not read its secret"
         assert not may(f"open('{other}').read()"), "the profile confines nothing: this proves nothing"
+        kept = Path(key).read_text()
         kvmi_libvirt("disable", d.name)
-        assert key.exists() and not may(f"open('{key}').read()"), "the rule outlives disable"
+        assert not Path(key).exists()
+        Path(key).write_text(kept)
+        assert not may(f"open('{key}').read()"), "the rule outlives disable"
         with confined_qemu() as qemu:
             error = qemu.communicate(timeout=60)[1]
             print(error)
-            assert qemu.returncode == 1 and str(key) in error and "Permission denied" in error, "the confined QEMU could read the secret"
-        key.unlink()
+            assert qemu.returncode and "Permission denied" in error, "the confined QEMU could still be started"
+        Path(key).unlink()
         other.unlink()
-        assert local.read_text() == "  # somebody else's\n"
-    finally:
-        subprocess.run(["apparmor_parser", "-R", str(etc / "libvirt" / profile)], timeout=60)
-        for path in made:
-            path.unlink()
+        assert local.read_text() == "  # somebody else's\n" and local.stat().st_mode & 0o777 == 0o640
+        # What enable has made, it removes
         local.unlink()
+        kvmi_libvirt("enable", d.name)
+        assert local.exists()
+        kvmi_libvirt("disable", d.name)
+        assert not local.exists()
+    finally:
+        for p in (profile, stranger):
+            subprocess.run(["apparmor_parser", "-R", str(etc / "libvirt" / p)], timeout=60)
+        for path in (*made, emulator):
+            path.unlink()
+        local.unlink(missing_ok=True)
     d.remove()
 
 
-@scenario()
+@scenario(timeout=600, kvmi=None)
+def libvirt_apparmor_driver(_):
+    """With libvirt's own AppArmor driver, virt-aa-helper, and the profiles of Debian's packages: what enable writes is all that the
+    confined QEMU and the confined daemon need."""
+    etc = Path("/etc/apparmor.d")
+    shutil.copytree((Path(FROM.read_text()) if FROM.exists() else PROFILES) / "etc/apparmor.d", etc, dirs_exist_ok=True)
+    profiles = [etc / "usr.sbin.libvirtd", etc / "usr.lib.libvirt.virt-aa-helper"]
+    assert profiles[0].exists(), "scripts/fetch-libvirt --profiles says what to give as --profiles"
+    # Debian's packages make them, empty
+    for name in ("abstractions/libvirt-qemu", "usr.sbin.libvirtd", "usr.lib.libvirt.virt-aa-helper"):
+        (etc / "local" / name).parent.mkdir(exist_ok=True)
+        (etc / "local" / name).touch()
+    subprocess.run(["apparmor_parser", "-r", *profiles], check=True, timeout=120)
+    libvirtd = Libvirtd("driver", stock=True, security="apparmor")
+    d = Domain(libvirtd, "confined")
+    try:
+        libvirtd.start()
+        pid = int((libvirtd.dir / "libvirtd.pid").read_text())
+        assert Path(f"/proc/{pid}/attr/current").read_text() == "libvirtd (enforce)\n"
+        d.remove()
+        d.for_everybody()
+        # Without monitors and traces of the tests' own, which no domain has
+        xml = d.dir / "xml"
+        xml.write_text(re.sub("<qemu:commandline>.*</qemu:commandline>", "", d.xml(kvmi=False), flags=re.S).replace(d.emulator, "/usr/bin/qemu-system-x86_64"))
+        libvirtd.virsh("define", xml)
+        d.create_disk()
+        shutil.chown(d.disk, 64055, 64055)
+        kvmi_libvirt("--connect", libvirtd.uri, "enable", d.name, "--emulator", d.emulator)
+        socket, key = places(d)
+        uuid = d.virsh("domuuid").strip()
+        with Watch(*HOT, options=["--socket", socket, "--mode", "0660", "--key-file", key]) as w:
+            d.virsh("start")
+            pid = int((libvirtd.dir / f"run/qemu/{d.name}.pid").read_text())
+            assert Path(f"/proc/{pid}/attr/current").read_text() == f"libvirt-{uuid} (enforce)\n"
+            assert os.readlink(f"/proc/{pid}/exe") == d.emulator and os.stat(f"/proc/{pid}").st_uid == 64055
+            w.event("hit", count=5, timeout=400)
+            told = w.mark()
+            d.virsh("suspend")
+            w.event("closed", since=told, reason="unhook")
+            last = json.loads(kvmi_libvirt("--connect", libvirtd.uri, "status", "--json", d.name))["kvmi"]["last-unhook"]
+            assert (last["action"], last["outcome"]) == ("stop", "clean"), last
+            d.virsh("resume")
+            w.event("hit", since=told, count=5, timeout=60)
+            # Live, in the profile that is loaded
+            told = w.mark()
+            kvmi_libvirt("--connect", libvirtd.uri, "disable", d.name)
+            w.event("closed", since=told, timeout=20)
+            assert "no restart is needed" in kvmi_libvirt("--connect", libvirtd.uri, "enable", d.name, "--emulator", d.emulator)
+        with Watch(*HOT, options=["--socket", socket, "--mode", "0660", "--key-file", key]) as w:
+            w.event("hit", count=5, timeout=100)
+        d.virsh("destroy")
+        kvmi_libvirt("--connect", libvirtd.uri, "disable", d.name)
+        assert all((etc / "local" / n).read_text() == "" for n in ("abstractions/libvirt-qemu", "usr.sbin.libvirtd"))
+    finally:
+        d.remove()
+        libvirtd.stop()
+        for profile in profiles:
+            subprocess.run(["apparmor_parser", "-R", profile], timeout=60)
+        shutil.rmtree(etc / "libvirt")
+        for path in (*profiles, etc / "abstractions/libvirt-qemu"):
+            path.unlink()
+
+
+@scenario(kvmi=None)
 def libvirt_capabilities(d):
-    """libvirt's probe of our QEMU: a domain's capabilities are what they should be, and the daemon complains of nothing."""
-    mark = len(d.libvirtd.log())
-    xml = d.libvirtd.virsh("domcapabilities", "--emulatorbin", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--machine", "q35")
-    assert f"<path>{BUILD}/qemu/bin/qemu-system-x86_64</path>" in xml and "<domain>kvm</domain>" in xml, xml
+    """libvirt's probe of our QEMU: a domain's capabilities are what they should be, the daemon complains of nothing, and what it
+    found out is found out anew when there is another QEMU at that place."""
+    libvirtd, cache = d.libvirtd, Path("/var/cache/libvirt/qemu/capabilities")
+    libvirtd.stop()
+    for old in cache.glob("*.xml"):
+        old.unlink()
+    (libvirtd.dir / "log").unlink()
+    libvirtd.start()
+    d.dir.mkdir(parents=True, exist_ok=True)
+    emulator = shutil.copy(BUILD / "qemu/bin/qemu-system-x86_64", d.dir / "qemu")
+
+    def probed():
+        """The time of change of the QEMU that the daemon knows; None if it knows none."""
+        found = [int(re.search(r"<qemuctime>(\d+)<", t)[1]) for t in (p.read_text() for p in cache.glob("*.xml")) if f"<emulator>{emulator}</emulator>" in t]
+        assert len(found) < 2, found
+        return found[0] if found else None
+
+    mark = len(libvirtd.log())      # (before that it complains of what else this host has not got)
+    assert probed() is None
+    xml = libvirtd.virsh("domcapabilities", "--emulatorbin", emulator, "--machine", "q35")
+    assert f"<path>{emulator}</path>" in xml and "<domain>kvm</domain>" in xml, xml
     assert "mode name='host-passthrough' supported='yes'" in xml, xml
-    wrong = [line for line in d.libvirtd.log()[mark:].splitlines() if ": error :" in line or ": warning :" in line]
+    assert probed() == int(os.stat(emulator).st_ctime)
+    time.sleep(1.1)     # it counts seconds
+    os.replace(shutil.copy(emulator, d.dir / "newer"), emulator)
+    assert probed() != int(os.stat(emulator).st_ctime)
+    libvirtd.virsh("domcapabilities", "--emulatorbin", emulator, "--machine", "q35")
+    assert probed() == int(os.stat(emulator).st_ctime)
+    wrong = [line for line in libvirtd.log()[mark:].splitlines() if ": error :" in line or ": warning :" in line]
     assert not wrong, wrong
+    d.remove()
 
 
 def run(name):
@@ -1032,8 +1293,11 @@ def run(name):
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    if names[:1] == ["--libvirt"]:
-        use_libvirt(names[1])
+    while names and names[0] in ("--libvirt", "--profiles"):
+        if names[0] == "--libvirt":
+            use_libvirt(names[1])
+        else:
+            PROFILES = Path(names[1])
         names = names[2:]
     names = names or list(SCENARIOS)
     failed = []

@@ -63,9 +63,9 @@ class Libvirtd:
     connect to."""
     all = []
 
-    def __init__(self, name="one", stock=False):
-        """stock: QEMU runs as the user and in the name space that Debian has for it."""
-        self.name, self.stock = name, stock
+    def __init__(self, name="one", stock=False, security=None):
+        """stock: QEMU runs as the user and in the name space that Debian has for it. security: the driver that is asked for by name."""
+        self.name, self.stock, self.security = name, stock, security
         self.dir = Path("/run/libvirt-" + name)
         self.socket = inside.SOCKET         # where the tool listens
         self.uri = "qemu:///system"
@@ -97,6 +97,8 @@ dynamic_ownership = 0
 remember_owner = 0
 security_driver = "none"
 namespaces = []"""
+        if self.security:
+            user += f'\nsecurity_driver = "{self.security}"'
         private = "" if self.name == "one" else f"""
             for d in /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do
                 mkdir -p $d
