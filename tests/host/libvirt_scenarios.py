@@ -165,7 +165,8 @@ class Watched:
             self.qmp.execute("query-status")       # what it said before has arrived
         if action:
             unhooks = [e["data"] for e in self.qmp.events[self.mark:] if e["event"] == "KVMI_UNHOOKED"]
-        print(f"{self.operation}, {self.behaviour} tool: {self.took:.1f} s, host {self.late:.2f} s late, {self.work * 1000:.1f} ms for work; {unhooks}", flush=True)
+        print(f"{self.operation}, {self.behaviour} tool: {self.took:.1f} s, host {self.late:.2f} s late, {self.work * 1000:.1f} ms for work; "
+              f"{unhooks}", flush=True)
         if action == "reset":
             del unhooks[1:]     # a firmware may reset once more
         if self.behaviour == "none":
@@ -204,13 +205,12 @@ class Watched:
             self.d.wait_alive(400)
 
 
-def each_tool(d, operation, behaviours=EACH, **options):
+def each_tool(d, operation, **options):
     """A Watched for each kind of tool; the first is for the time that the operation takes without one."""
-    yield Watched(d, operation, "none", None, **options)
+    yield Watched(d, operation, EACH[0], None, **options)
     with tool(d) as w:
-        for behaviour in behaviours:
-            if behaviour != "none":
-                yield Watched(d, operation, behaviour, w, **options)
+        for behaviour in EACH[1:]:
+            yield Watched(d, operation, behaviour, w, **options)
 
 
 def pristine(path, before):
