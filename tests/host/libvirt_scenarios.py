@@ -458,7 +458,7 @@ def libvirt_dump_memory_only(d):
     dump(d, "dump --memory-only --live", "save", "--memory-only", "--live")
 
 
-@scenario(timeout=500)
+@scenario(timeout=700)
 def libvirt_dump_crash(d):
     """virsh dump --crash ends the domain after the dump."""
     before = code(d)
@@ -516,7 +516,7 @@ def libvirt_reboot(d):
         o.again()
 
 
-@scenario(timeout=500)
+@scenario(timeout=700)
 def libvirt_shutdown_start(d):
     """virsh shutdown, by the guest's power button."""
     for o in each_tool(d, "shutdown"):
@@ -525,7 +525,7 @@ def libvirt_shutdown_start(d):
         o.again()
 
 
-@scenario(timeout=500)
+@scenario(timeout=700)
 def libvirt_destroy_start(d):
     """virsh destroy waits for nobody, and virsh start does not, either: the tool may come later."""
     for o in each_tool(d, "destroy"):
