@@ -460,8 +460,9 @@ def one(g, way, step, fault, before, log):
     """One line of the matrix; returns the kernel's code as it is then."""
     boot = step == "in_xsetbv"
     wait_state(g, "connecting")
-    many, mark, booted = fds(g), g.qmp.mark(), boots(g)
+    booted = boots(g)
     hot, cold = places(g, step)
+    many, mark = fds(g), g.qmp.mark()
     with Process(hot, cold, step, fault) as tool:
         wait_until(lambda: tool.told(b"r"), 40, "the tool to get there", pause=0.005)
         assert not boot or boots(g) == booted, "the guest had booted before the tool was there"
