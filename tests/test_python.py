@@ -220,6 +220,33 @@ def test_hooks(kvmi, vm, sim):
     hooks.close()
 
 
+def test_unhook(kvmi, vm, sim):
+    told = []
+    vm.on_unhook(lambda: told.append("unhook"))
+    sim.client_sim_unhook(vm.sim)
+    while not told:
+        assert vm.wait_event(10) is None
+    assert told == ["unhook"]
+
+
+def test_hooks_run(kvmi, vm, sim):
+    memory, seen = sim.client_sim_memory(vm.sim), []
+    ctypes.memset(memory + 0x5000, 0x90, 16)
+
+    def hit(hook, event):
+        # there is one: now the VM is about to be left
+        seen.append((hook.cookie, ctypes.string_at(memory + 0x5001, 1)))
+        sim.client_sim_unhook(vm.sim)
+
+    hooks = kvmi.Hooks(hit=hit)
+    hooks.add(0x4001, 0x5001, "ours")
+    sim.client_sim_event(vm.sim, kvmi.EV_BREAKPOINT)
+    hooks.run(vm)
+    assert seen == [("ours", b"\xcc")] and hooks.is_asked_to_leave()
+    assert ctypes.string_at(memory + 0x5000, 3) == b"\x90\x90\x90"
+    hooks.close()
+
+
 def test_walker(kvmi, vm):
     with kvmi.Walker(vm) as walker, pytest.raises(kvmi.Error) as e:
         # the simulator has no tables

@@ -121,7 +121,7 @@ _f = {name: _function(name, kinds) for name, kinds in {
     "vcpu_start_set_registers": "pupp", "vcpu_start_translate": "puqpp", "vcpu_start_control_events": "puubp", "vm_start_command": "puszpzpp",
     "call_wait": "p", "paging_of": "pp", "walker_translate": "ppqp", "walker_read": "ppqpz", "walker_write": "ppqsz", "hooks_add": "pqqpp",
     "hooks_remove": "pp", "hooks_restrict": "pqu", "hooks_attach": "pp", "hooks_look_for_vcpus": "p", "hooks_plant": "pp",
-    "hooks_take_out": "pp"}.items()}
+    "hooks_take_out": "pp", "hooks_run": "ppi", "vm_on_unhook": "ppp"}.items()}
 _new_unix, _new_vsock = _function("listener_new_unix", "su", c_void_p), _function("listener_new_vsock", "u", c_void_p)
 _new_vm = _function("vm_new", "isz", c_void_p)
 _new_walker, _new_hooks = _function("walker_new", "pz", c_void_p), _function("hooks_new", "pp", c_void_p)
@@ -260,6 +260,7 @@ class Call:
 
 
 _DONE = CFUNCTYPE(None, c_void_p, POINTER(_Error), c_void_p)
+_UNHOOK = CFUNCTYPE(None, c_void_p, c_void_p)
 
 
 class VM(_Handle, _Callbacks):
@@ -292,10 +293,17 @@ class VM(_Handle, _Callbacks):
         try:
             _f["vm_wait_event"](self, int(timeout * 1000), byref(pointer))
         except Error as e:
+            self._raise()
             if e.status == NOTHING:
                 return None
             raise
         return Event(self, pointer.value)
+
+    def on_unhook(self, function):
+        """function() will be called once, by dispatch() or wait_event(), when UNHOOK comes, in place of an event."""
+        callback = _UNHOOK(self._guard(lambda _, __: function()))
+        _f["vm_on_unhook"](self, callback, None)
+        self._unhook = callback         # kept, as long as the library may call it
 
     def next_event(self):
         """The oldest event that has been received, or None."""
@@ -575,6 +583,14 @@ class Hooks(_Handle, _Callbacks):
     def detach(self):
         self.vm = None
         return _detach(self)
+
+    def run(self, vm, stop_fd=-1):
+        """All of it for one connection: until UNHOOK comes (is_asked_to_leave()) or stop_fd can be read from."""
+        self.vm = vm
+        try:
+            self._do("run", vm, stop_fd)
+        finally:
+            self.vm = None
 
     def __del__(self):
         if not self.vm:
