@@ -55,7 +55,7 @@ def test_fuzz_intel():
 
 
 @pytest.mark.debug
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2, 3], ids="seed{}".format)
 def test_fuzz_on_debug_kernel(seed):
     tell(fuzz(seed, 180, ("--bound", "90"), 800, host.need(host.DEBUG_KERNEL, "run scripts/build-debug-kernel")))
 
