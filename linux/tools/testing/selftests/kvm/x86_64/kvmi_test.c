@@ -4972,7 +4972,7 @@ KVM_ONE_VCPU_TEST(kvmi, journal_slot_read_only, guest_count)
 #define KILL_ROUNDS	50
 
 /* The device manager dies, and its memory doesn't */
-KVM_ONE_VCPU_TEST(kvmi, journal_killed, guest_count)
+TEST_F_TIMEOUT(kvmi, journal_killed, 120)
 {
 	int fds[2], sync[2], i;
 	struct kvm_vm *vm;
