@@ -694,8 +694,8 @@ static gboolean parser(const char *action, const char *profile, GError **error)
 	return out != NULL;
 }
 
-/* Reads the profile anew, if the kernel has it; else sees whether it is right */
-static gboolean reload(const char *name, const char *file, GError **error)
+/* Has the kernel this profile? */
+static gboolean is_loaded(const char *name)
 {
 	char *loaded = NULL, *line = g_strdup_printf("%s (", name);
 	gboolean there = g_file_get_contents("/sys/kernel/security/apparmor/profiles",
@@ -706,7 +706,7 @@ static gboolean reload(const char *name, const char *file, GError **error)
 	g_free(line);
 	g_free(loaded);
 
-	return parser(there ? "-r" : "-Q", file, error);
+	return there;
 }
 
 /* Whether the rules are such as AppArmor takes, in a profile like the domain's */
@@ -764,9 +764,9 @@ static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setu
 		fine = FALSE;
 		break;
 	case 1:
-		/* a profile is there once the domain was started */
+		/* While the domain is shut off, libvirt has parts of its profile away */
 		fine = (!setup || check_rules(name, error)) &&
-		       (access(profile, F_OK) || reload(name, profile, error));
+		       (!is_loaded(name) || parser("-r", profile, error));
 	}
 	for (i = 0; fine && i < G_N_ELEMENTS(daemons); i++) {
 		char *base = g_strconcat("usr.sbin.", daemons[i], NULL);
@@ -779,7 +779,8 @@ static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setu
 			int changed = local_rules(base, uuid, *rule->str ? rule->str : NULL, error);
 
 			fine = changed >= 0 &&
-			       (!changed || reload(daemons[i], daemon, error));
+			       (!changed ||
+				parser(is_loaded(daemons[i]) ? "-r" : "-Q", daemon, error));
 		}
 		g_string_free(rule, TRUE);
 		g_free(daemon);
