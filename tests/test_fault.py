@@ -35,7 +35,7 @@ def note(matrix, name, output):
 
 
 # What is not run without being asked for
-ON_DEMAND = ()
+ON_DEMAND = ("fault_savevm", "fault_quit")
 
 
 def run_meanwhile(amd, name):
