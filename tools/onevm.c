@@ -160,8 +160,9 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 		complain("%s", err.message);
 		kvmi_vm_close(vm);
 		vm = NULL;
-		/* neither will be better with the next connection */
-		if (status == KVMI_ERR_SYSTEM || status == KVMI_ERR_AUTH)
+		/* none of these will be better with the next connection */
+		if (status == KVMI_ERR_SYSTEM || status == KVMI_ERR_AUTH ||
+		    status == KVMI_ERR_VERSION)
 			break;
 	}
 	kvmi_vm_close(vm);

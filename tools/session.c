@@ -627,8 +627,13 @@ static void resolve(struct session *s)
 		}
 		if (bp->hook && kvmi_hook_gpa(bp->hook) == gpa)
 			continue;
-		if (bp->hook)
-			kvmi_hooks_remove(s->hooks, bp->hook, NULL);
+		status = bp->hook ? kvmi_hooks_remove(s->hooks, bp->hook, &err) :
+				    KVMI_OK;
+		if (status != KVMI_OK) {
+			if (!is_lost(s, status, &err))
+				problem(s, "%s", err.message);
+			continue;
+		}
 		bp->hook = NULL;
 		status = kvmi_hooks_add(s->hooks, bp->gva, gpa, bp, &hook, &err);
 		if (status == KVMI_OK) {
