@@ -4,7 +4,9 @@
 
     breakpoints.py /run/kvmi.sock System.map FUNCTION...
 """
+import signal
 import sys
+import threading
 
 import kvmi
 
@@ -45,10 +47,11 @@ def watch(vm):
             known.clear()           # in another boot, memory has nothing of what was there
             known[boot] = hooks
         print(f"{hooks.plant().in_} breakpoints planted", flush=True)
-        while not hooks.is_leaving():
+        while not hooks.is_leaving() and not stop.is_set():
             if not hooks.dispatch():
                 vm.wait(timeout=1)
-        print("the VM is about to be paused" if hooks.is_asked_to_leave() else hooks.is_lost(), flush=True)
+        if hooks.is_asked_to_leave():
+            print("the VM is about to be paused", flush=True)
     finally:
         if not hooks.is_lost():
             hooks.take_out()
@@ -60,13 +63,16 @@ if len(sys.argv) < 4:
 path, system_map, *functions = sys.argv[1:]
 symbols = {name: int(address, 16) for address, _, name in map(str.split, open(system_map))}
 known = {}
+# No KeyboardInterrupt: one that is raised as the library calls hit() would be lost
+stop = threading.Event()
+signal.signal(signal.SIGINT, lambda *_: stop.set())
 with kvmi.Listener(path) as listener:
-    while True:
+    while not stop.is_set():
         try:
-            with listener.accept() as vm:       # again, when the VM runs again
-                vm.connect(COMMANDS, ["unhook", "pause", "breakpoint"])
-                watch(vm)
+            vm = listener.accept(timeout=1)         # again, when the VM runs again
+            if vm:
+                with vm:
+                    vm.connect(COMMANDS, ["unhook", "pause", "breakpoint"])
+                    watch(vm)
         except kvmi.Error as e:
             print(e, file=sys.stderr)
-        except KeyboardInterrupt:
-            break

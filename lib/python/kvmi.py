@@ -16,7 +16,8 @@
             event.reply()
 
 Threads: as kvmi/kvmi.h says, and no thread holds up another one (the interpreter's lock is not held in the library).
-What is raised in a callback is raised again by the function that made the library call it.
+What is raised in a callback is raised again by the function that made the library call it. But a KeyboardInterrupt that comes just when
+the library calls one is lost: have SIGINT set a flag, as examples/breakpoints.py does.
 """
 import ctypes
 import os

@@ -545,6 +545,9 @@ int main(int argc, char **argv)
 		switch_events(always[i], false);
 	lib.domain_close(dom, true);
 	lib.uninit(ctx);
+	/* one that has been joined may be seen a moment longer */
+	for (i = 0; i < 200 && threads() > 1; i++)
+		usleep(10000);
 	check(threads() == 1);
 	check(!dlclose(lib.handle));
 	check(!dlopen("libkvmi.so", RTLD_NOW | RTLD_NOLOAD));
