@@ -106,7 +106,7 @@ class AmdHost:
     TCG has faults that nested guests meet once in many hours (qemu/patches has those that are understood). So in a run of all tests, as many as
     CHANCES get a second try, in a new host; who tries twice says so in pytest's summary. A test that is run by its name does not.
     """
-    CHANCES = 3
+    CHANCES = 5
     tried_twice = []
 
     def __init__(self):

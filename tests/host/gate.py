@@ -1138,7 +1138,8 @@ def gate_cont_meanwhile(g):
         wait_state(g, "hooked", mark)
         g.wait_alive()
         assert g.qmp.execute("query-status")["running"] and "STOP" not in kinds(g, mark), kinds(g, mark)
-    # and it can stop the guest still
+    # and it can stop the guest still; QEMU may want to hear first that the last one's last answer has arrived
+    debugger[0].sock.sendall(b"+")
     debugger[0].ask(b"?", b"$T")
     debugger[0].detach(g)
 
