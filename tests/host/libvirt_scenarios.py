@@ -825,6 +825,7 @@ def libvirt_enable_live(d):
             told = w.mark()
             d.virsh("suspend")
             w.event("closed", since=told, reason="unhook")
+            told = w.mark()
             d.virsh("resume")
             tool_at_work(w, told)
         said = listener.result()
@@ -942,6 +943,9 @@ def libvirt_enable_saved(d):
     assert kvmi_status(d.name)["state"] == "connecting"
     kvmi_libvirt("disable", d.name)
     assert files() == disk and kvmi_status(d.name)["state"] == "off"
+    # (as long as this QEMU runs, it is in what libvirt takes for its XML)
+    d.virsh("destroy")
+    d.boot()
     d.virsh("snapshot-create-as", "without")
     assert "has 1 snapshot without the object" in kvmi_libvirt("enable", d.name)
     d.virsh("snapshot-create-as", "with")
