@@ -525,25 +525,25 @@ def one(g, way, step, fault, before, usual, log):
     return before
 
 
-@scenario(timeout=400)
+@scenario(timeout=1200 if LONG else 400)
 def fault_running(g):
     """The tool fails while the guest just runs."""
     go_through(g, Nothing)
 
 
-@scenario(timeout=400)
+@scenario(timeout=1200 if LONG else 400)
 def fault_stop(g):
     """… when the guest is paused"""
     go_through(g, Stop)
 
 
-@scenario(timeout=600 if LONG else 200)
+@scenario(timeout=1200 if LONG else 200)
 def fault_migrate(g):
     """… when the guest is migrated"""
     go_through(g, Migrate)
 
 
-@scenario(timeout=600 if LONG else 200)
+@scenario(timeout=1200 if LONG else 200)
 def fault_savevm(g):
     """… when a snapshot is made"""
     go_through(g, Savevm)
