@@ -11,6 +11,7 @@
 #include "qemu/main-loop.h"
 #include "system/runstate.h"
 #include "system/stop-gate.h"
+#include "system/system.h"
 #include "trace.h"
 
 typedef enum StopPolicy {
@@ -372,5 +373,10 @@ static void pause_vm(void *opaque, bool cancelled)
 
 void stop_gate_pause(void)
 {
+    if (runstate_check(RUN_STATE_INMIGRATE)) {
+        /* Nothing to stop yet, as for the command stop */
+        autostart = 0;
+        return;
+    }
     stop_gate_run(STOP_ACTION_STOP, pause_vm, NULL);
 }

@@ -147,6 +147,7 @@ bool runstate_is_running(void)
 }
 
 static bool inmigrate;
+int autostart = 1;
 
 bool runstate_check(RunState state)
 {
@@ -982,6 +983,29 @@ static void test_gate_run(void)
     run_events();
     g_assert_cmpint(f.called, ==, 100);
     g_assert_cmpint(f.cancelled, ==, 1);
+    stop_gate_remove(&g.guard);
+}
+
+/* The menu's pause */
+static void test_gate_pause(void)
+{
+    TestGuard g = new_guard(false);
+
+    stop_gate_add(&g.guard);
+    vm_running = true;
+    stop_gate_pause();
+    g_assert_false(vm_running);
+    g_assert_cmpint(g.announced, ==, 1);
+
+    /* What comes in is not to be interrupted, but not to run afterwards */
+    inmigrate = true;
+    vm_running = true;
+    stop_gate_pause();
+    g_assert_true(vm_running);
+    g_assert_cmpint(g.announced, ==, 1);
+    g_assert_cmpint(autostart, ==, 0);
+    inmigrate = false;
+    autostart = 1;
     stop_gate_remove(&g.guard);
 }
 
@@ -2215,6 +2239,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/gate/moot", test_gate_moot);
     g_test_add_func("/kvmi/gate/order", test_gate_order);
     g_test_add_func("/kvmi/gate/run", test_gate_run);
+    g_test_add_func("/kvmi/gate/pause", test_gate_pause);
     g_test_add_func("/kvmi/gate/remove", test_gate_remove);
     g_test_add_func("/kvmi/object/errors", test_object_errors);
     g_test_add_func("/kvmi/object/session", test_object_session);
