@@ -1702,6 +1702,31 @@ static void test_object_migrate(void)
     teardown();
 }
 
+/* Without a tool, migration needn't wait, but nobody is looked for meanwhile */
+static void test_object_migrate_alone(void)
+{
+    TestWaiter w = new_waiter();
+    Object *obj;
+    int fd;
+
+    setup();
+    obj = add_object("k", &error_abort, "chardev", "chr", NULL);
+    fd = tool_accept();
+    until(state() == KVMI_STATE_HANDSHAKE);
+    /* Nobody comes who would make it look at the gate */
+    shutdown(listen_fd, SHUT_RDWR);
+    g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    until(state() == KVMI_STATE_UNHOOKED);
+    stop_gate_leave(&w.waiter);
+    until(state() == KVMI_STATE_CONNECTING);
+    g_assert_true(stop_gate_enter(&w.waiter, STOP_ACTION_MIGRATE));
+    until(state() == KVMI_STATE_UNHOOKED);
+    stop_gate_leave(&w.waiter);
+    close(fd);
+    object_unparent(obj);
+    teardown();
+}
+
 /* The guest runs here already, but the tool could read what has yet to come */
 static void test_object_incoming_postcopy(void)
 {
@@ -2252,6 +2277,7 @@ int main(int argc, char **argv)
     g_test_add_func("/kvmi/object/shutdown", test_object_shutdown);
     g_test_add_func("/kvmi/object/cancel", test_object_cancel);
     g_test_add_func("/kvmi/object/migrate", test_object_migrate);
+    g_test_add_func("/kvmi/object/migrate-alone", test_object_migrate_alone);
     g_test_add_func("/kvmi/object/incoming-postcopy",
                     test_object_incoming_postcopy);
     g_test_add_func("/kvmi/object/handshake", test_object_handshake);

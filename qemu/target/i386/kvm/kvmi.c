@@ -482,14 +482,17 @@ static bool kvmi_announce(StopGuard *guard, StopAction action)
     switch (s->state) {
     case KVMI_STATE_HANDSHAKE:
         kvmi_stop_handshake(s);
-        return false;
+        break;
     case KVMI_STATE_HOOKED:
         return kvmi_ask(s, kvmi_actions[action]);
     case KVMI_STATE_UNHOOKING:
         return true;
     default:
-        return false;
+        break;
     }
+    /* The gate may stay closed for a while: nobody is wanted meanwhile */
+    qemu_bh_schedule(s->bh);
+    return false;
 }
 
 /*
