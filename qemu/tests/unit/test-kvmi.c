@@ -1643,6 +1643,7 @@ static void test_object_cancel(void)
 static void test_object_migrate(void)
 {
     TestWaiter w = new_waiter();
+    Error *err = NULL;
     Object *obj;
     int fd;
 
@@ -1681,15 +1682,23 @@ static void test_object_migrate(void)
     close(fd);
     until(fake_kvm.fd == -1);
 
-    /* What migrates must not go meanwhile */
+    /* What migrates must neither go nor come meanwhile */
     migrating = true;
     g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
     migrating = false;
+    incoming_postcopy = true;
+    g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
+    incoming_postcopy = false;
     inmigrate = true;
     g_assert_false(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
     inmigrate = false;
     g_assert_true(user_creatable_can_be_deleted(USER_CREATABLE(obj)));
     object_unparent(obj);
+    g_assert_cmpint(vmstates, ==, 0);
+    incoming_postcopy = true;
+    add_object("k", &err, "chardev", "chr", "migrate-start-time", "on", NULL);
+    error_free_or_abort(&err);
+    incoming_postcopy = false;
     g_assert_cmpint(vmstates, ==, 0);
 
     /* Without the start time there is nothing of it in the stream */

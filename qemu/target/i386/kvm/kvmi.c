@@ -963,6 +963,15 @@ static bool kvmi_load_key(KVMIObject *s, Error **errp)
     return true;
 }
 
+/*
+ * Migration, in either direction, uses what is registered without a lock.  Not
+ * about an incoming one as long as the guest doesn't run.
+ */
+static bool kvmi_migrating(void)
+{
+    return migration_is_running() || migration_in_incoming_postcopy();
+}
+
 static void kvmi_complete(UserCreatable *uc, Error **errp)
 {
     KVMIObject *s = KVMI(uc);
@@ -998,7 +1007,7 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
     if (!kvmi_check_chardev(s, chr, errp)) {
         return;
     }
-    if (s->migrate_start_time && migration_is_running()) {
+    if (s->migrate_start_time && kvmi_migrating()) {
         error_setg(errp, "can't add a kvmi object with migrate-start-time=on"
                    " during a migration: wait for its end");
         return;
@@ -1045,11 +1054,10 @@ static void kvmi_complete(UserCreatable *uc, Error **errp)
                              NULL, s, NULL, true);
 }
 
-/* Migration, in either direction, uses what is registered without a lock */
 static bool kvmi_can_be_deleted(UserCreatable *uc)
 {
     return !KVMI(uc)->migrate_start_time ||
-           !(migration_is_running() || runstate_check(RUN_STATE_INMIGRATE));
+           !(kvmi_migrating() || runstate_check(RUN_STATE_INMIGRATE));
 }
 
 /*
