@@ -693,10 +693,14 @@ def gate_migrate_start_time_live(g):
         assert migrate_status(g) == "completed", g.qmp.execute("query-migrate")
         target.loaded()
         same_code_in_target(before, g, target.guest, "the target")
+        # or it may be the source that connects, and is silent
+        scenarios.remove_object(g)
+        g.qmp.execute("chardev-remove", id="tool")
         target.guest.qmp.execute("cont")
         there = hello(target.guest)
         assert there > started, f"started at {started}, on the target at {there}"
         target.guest.wait_alive()
+    add_chardev(g)
     cont(g)
 
 
