@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -846,6 +847,10 @@ def gate_gdb_interrupts(g):
         wait_until(lambda: gdb.heard(b"+$1#31") and b"$T" in gdb.got, 20, f"the answers to ^C and to what came with it: {gdb.got}")
         expect("forced", g.qmp.event("KVMI_UNHOOKED", since=mark, action="debug")["data"])
         assert g.qmp.execute("query-status")["status"] == "paused"
+        # A command that it gives to QEMU's monitor is done, and has told its errors, when gdb is told so
+        gdb.ask(b"qRcmd," + b"dump-guest-memory /dev/full".hex().encode(), b"$OK")
+        said = b"".join(bytes.fromhex(o.decode()) for o in re.findall(rb"\$O([0-9a-f]+)#", gdb.got.partition(b"$OK")[0]))
+        assert b"failed to write" in said, gdb.got
         way.after()
     g.wait_alive()
 
