@@ -100,7 +100,8 @@ class Prompt(Tool):
     def follow(self, target):
         wait_state(target, "hooked")
         self.watch.event("planted", since=self.mark, timeout=60)
-        self.watch.event("hit", since=self.watch.mark(), count=3, timeout=60)
+        if self.hits:
+            self.watch.event("hit", since=self.watch.mark(), count=3, timeout=60)
 
 
 class Hung(Prompt):
@@ -226,6 +227,10 @@ class Chatty(Deaf):
         self.thread = threading.Thread(target=self.chatter)
         self.thread.start()
 
+    def follow(self, target):
+        self.thread.join(20)
+        super().follow(target)
+
     def __exit__(self, *exc):
         if hasattr(self, "thread"):
             self.thread.join(20)
@@ -288,6 +293,11 @@ class Way:
 
 def record(*cells):
     print("MATRIX\t" + "\t".join(str(c) for c in cells), flush=True)
+
+
+def record_end(way, tool, end, took=None):
+    """end: KVMI_UNHOOKED's data"""
+    record(way, tool, end["outcome"], f"{end['duration'] / 1000:.0f}", "–" if took is None else f"{took * 1000:.0f}", "–")
 
 
 def combine(g, way_class, tools, options=None):
@@ -446,11 +456,7 @@ def gate_migrate_to_fd(g):
 @scenario(timeout=300 if LONG else 120)
 def gate_background_snapshot(g):
     """A background snapshot: the guest runs on, but the tool comes back only when it is complete."""
-    combine(g, BackgroundSnapshot, FOLLOWERS if LONG else (Prompt,))
-
-
-# The tools whose way from one QEMU to another differs
-FOLLOWERS = (NoTool, Prompt, Hung, Killed, Deaf)
+    combine(g, BackgroundSnapshot, ALL if LONG else (Prompt,))
 
 
 class MigrateLive(MigrateFile):
@@ -497,19 +503,19 @@ class MigratePostcopy(MigrateLive):
 @scenario(timeout=300 if LONG else 120)
 def gate_migrate_live(g):
     """Pre-copy: the tool leaves on the source and comes back on the target."""
-    combine(g, MigrateLive, FOLLOWERS if LONG else (Prompt,))
+    combine(g, MigrateLive, ALL if LONG else (Prompt,))
 
 
 @scenario(timeout=300 if LONG else 120)
 def gate_migrate_multifd(g):
     """Likewise with several channels."""
-    combine(g, MigrateMultifd, FOLLOWERS if LONG else (Prompt,))
+    combine(g, MigrateMultifd, ALL if LONG else (Prompt,))
 
 
 @scenario(timeout=300 if LONG else 120)
 def gate_migrate_postcopy(g):
     """Likewise with post-copy."""
-    combine(g, MigratePostcopy, FOLLOWERS if LONG else (Prompt,))
+    combine(g, MigratePostcopy, ALL if LONG else (Prompt,))
 
 
 @scenario()
@@ -526,14 +532,16 @@ def gate_migrate_cancelled(g):
         took = time.monotonic() - begin
         assert took < 1, f"the migration was cancelled after {took:.2f} s"
         tool.watch.signal(signal.SIGCONT)
-        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+        expect("clean", end)
+        record_end("migrate, cancelled", Slow.name, end, took)
         wait_state(g, "hooked", mark)
         assert g.qmp.execute("query-status")["running"]
     with Prompt(g) as tool:
         mark, tool_mark = g.qmp.mark(), tool.watch.mark()
         g.qmp.execute("migrate", uri="exec:exit 1")
         wait_until(lambda: migrate_status(g) == "failed", 30, "the migration to fail")
-        g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate", outcome="clean")
+        record_end("migrate, failed", tool.name, g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate", outcome="clean")["data"])
         g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
         tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
         g.wait_alive()
@@ -541,7 +549,9 @@ def gate_migrate_cancelled(g):
         mark = g.qmp.mark()
         g.qmp.execute("migrate", uri="exec:cat >/dev/null")
         wait_until(lambda: migrate_status(g) == "completed", 60, "the migration")
-        expect("clean", g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate")["data"])
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark, action="migrate")["data"]
+        expect("clean", end)
+        record_end("migrate, tried again", tool.name, end)
         cont(g)
 
 
@@ -876,7 +886,7 @@ def gate_gdb_interrupts(g):
 @scenario(timeout=200)
 def gate_stop(g):
     """QMP's stop, with all kinds of tools."""
-    combine(g, Stop, ALL)
+    combine(g, Stop, (*ALL, *LATE))
 
 
 INTEL = {}
@@ -1041,7 +1051,7 @@ def gate_savevm(g):
 @scenario(timeout=300 if LONG else 120)
 def gate_snapshot_save(g):
     """An internal snapshot by QMP's job."""
-    combine(g, SnapshotSave, FEWER)
+    combine(g, SnapshotSave, (*ALL, *LATE) if LONG else FEW)
 
 
 @scenario(timeout=120)
@@ -1072,7 +1082,7 @@ def gate_dump(g):
 @scenario(timeout=300 if LONG else 120)
 def gate_dump_otherwise(g):
     """Detached, and by HMP."""
-    combine(g, DumpDetached, FEWER)
+    combine(g, DumpDetached, (*ALL, *LATE) if LONG else FEW)
     combine(g, DumpHuman, FEWER)
     # and errors get to the monitor
     said = g.qmp.execute("human-monitor-command", command_line="dump-guest-memory /nowhere/elf")
@@ -1096,6 +1106,7 @@ def gate_several_at_once(g):
         assert g.qmp.execute("query-status")["status"] == "paused"
         ends = [e["data"] for e in g.qmp.events[mark:] if e["event"] == "KVMI_UNHOOKED"]
         assert [e["outcome"] for e in ends] == ["clean"], ends
+        record_end("savevm, its client gone, and stop", Slow.name, ends[0])
         same_memory(before, code(g), "after savevm and stop")
         assert "snap" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
         cont(g)
@@ -1111,6 +1122,7 @@ def gate_several_at_once(g):
         tool.watch.signal(signal.SIGCONT)
         wait_until(lambda: g.qmp.execute("query-kvmi", oob=True) and way.done(), 30, "the dump")
         way.check(tool)
+        record_end("dump-guest-memory, cont meanwhile", Slow.name, g.qmp.event("KVMI_UNHOOKED", since=mark)["data"])
         human.sock.close()
         assert g.qmp.execute("query-status")["running"]
     assert g.qmp.execute("human-monitor-command", command_line="delvm snap") == ""
@@ -1129,10 +1141,11 @@ def waiting(g, begin):
 
 
 def end_of_wait(g, mark, tool, action):
-    """The tool wakes up and leaves; it was asked once."""
+    """The tool wakes up and leaves: it is a slow one, then. Returns KVMI_UNHOOKED's data."""
     tool.watch.signal(signal.SIGCONT)
     end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
     assert (end["action"], end["outcome"]) == (action, "clean"), end
+    return end
 
 
 def kinds(g, mark):
@@ -1146,7 +1159,7 @@ def gate_cont_meanwhile(g):
     way = MigrateFile(g, before)
     with waiting(g, way.begin) as (mark, tool):
         g.hmp("cont")
-        end_of_wait(g, mark, tool, "migrate")
+        record_end("migrate, cont meanwhile", Slow.name, end_of_wait(g, mark, tool, "migrate"))
         wait_until(way.done, 30, "the migration")
         assert migrate_status(g) == "completed", migrate_status(g)
         same_memory(before, code(g), "migrated, with a cont meanwhile")
@@ -1155,13 +1168,13 @@ def gate_cont_meanwhile(g):
     way = SnapshotSave(g, before)
     with waiting(g, way.begin) as (mark, tool):
         g.hmp("cont")
-        end_of_wait(g, mark, tool, "save")
+        record_end("snapshot-save, cont meanwhile", Slow.name, end_of_wait(g, mark, tool, "save"))
         wait_until(way.done, 30, "the snapshot")
         way.check(tool)
     debugger = []
     with waiting(g, lambda: debugger.append(GDB(g))) as (mark, tool):
         g.hmp("cont")
-        end_of_wait(g, mark, tool, "debug")
+        record_end("gdb, cont meanwhile", Slow.name, end_of_wait(g, mark, tool, "debug"))
         wait_state(g, "hooked", mark)
         g.wait_alive()
         assert g.qmp.execute("query-status")["running"] and "STOP" not in kinds(g, mark), kinds(g, mark)
@@ -1188,14 +1201,14 @@ def gate_two_at_once(g):
     migrate = MigrateFile(g, before)
     with waiting(g, migrate.begin) as (mark, tool):
         number = g.qmp.send("stop")
-        end_of_wait(g, mark, tool, "migrate")
+        record_end("migrate and stop", Slow.name, end_of_wait(g, mark, tool, "migrate"))
         g.qmp.result(number, 20, "the answer to stop")
         migrated("stop")
         assert kinds(g, mark).count("STOP") == 1, kinds(g, mark)
         cont(g)
     with waiting(g, migrate.begin) as (mark, tool):
         number = g.qmp.send("human-monitor-command", command_line="savevm snap")
-        end_of_wait(g, mark, tool, "migrate")
+        record_end("migrate and savevm", Slow.name, end_of_wait(g, mark, tool, "migrate"))
         answer = g.qmp.result(number, 20, "the answer to savevm")
         assert "migration" in answer, answer
         assert "no snapshot" in g.qmp.execute("human-monitor-command", command_line="info snapshots")
@@ -1207,7 +1220,7 @@ def gate_two_at_once(g):
         human.send(f"migrate -d file:{DIR}/saved")
         human.prompt("migrate")
         human.sock.close()
-        end_of_wait(g, mark, tool, "save")
+        record_end("dump-guest-memory and migrate", Slow.name, end_of_wait(g, mark, tool, "save"))
         try:
             g.qmp.result(dump.number, 20, "the answer to dump-guest-memory")
             raise AssertionError("dumped in the middle of a migration")
@@ -1230,7 +1243,7 @@ def gate_client_gone(g):
     others = []
     with waiting(g, begin) as (mark, tool):
         others[0].close()
-        end_of_wait(g, mark, tool, "save")
+        record_end("dump-guest-memory, its client gone", Slow.name, end_of_wait(g, mark, tool, "save"))
         g.qmp.event("DUMP_COMPLETED", since=mark)
         start, end, _ = g.text()
         same_memory(before, dumped(way.file, start, end), "the dump")
@@ -1239,7 +1252,7 @@ def gate_client_gone(g):
     debugger = []
     with waiting(g, lambda: debugger.append(GDB(g))) as (mark, tool):
         debugger[0].sock.close()
-        end_of_wait(g, mark, tool, "debug")
+        record_end("gdb, gone", Slow.name, end_of_wait(g, mark, tool, "debug"))
         g.qmp.event("STOP", since=mark)
         same_memory(before, code(g), "stopped by a debugger that has gone")
         cont(g)
@@ -1272,6 +1285,10 @@ class Load(Human):
     """Return to a snapshot while a tool is there"""
     name, action, waits, line = "loadvm", "load", False, "loadvm snap"
 
+    def check(self, tool):
+        super().check(tool)
+        tool.follow(self.g)
+
 
 class SnapshotLoad(SnapshotSave):
     name, action, waits = "snapshot-load", "load", False
@@ -1284,6 +1301,7 @@ class SnapshotLoad(SnapshotSave):
     def check(self, tool):
         assert "error" not in self.state(), self.state()
         self.g.qmp.execute("job-dismiss", id=self.job)
+        tool.follow(self.g)
 
 
 class FromInside(Way):
@@ -1320,10 +1338,6 @@ def gate_cut(g):
     for way in (Load, SnapshotLoad):
         combine(g, way, (NoTool, *FEW, Deaf) if LONG else FEW)
     with Prompt(g) as tool:
-        mark, tool_mark = g.qmp.mark(), tool.watch.mark()
-        assert g.qmp.execute("human-monitor-command", command_line="loadvm snap", timeout=30) == ""
-        g.qmp.event("KVMI_STATE_CHANGED", since=mark, state="hooked")
-        tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
         # Deleting one is nobody's business
         mark = g.qmp.mark()
         g.qmp.execute("snapshot-delete", job_id="delete", tag="snap", devices=["disk"])
@@ -1331,6 +1345,32 @@ def gate_cut(g):
         assert "error" not in g.qmp.execute("query-jobs")[0], g.qmp.execute("query-jobs")
         g.qmp.execute("job-dismiss", id="delete")
         assert info(g)["state"] == "hooked" and not [e for e in g.qmp.events[mark:] if e["event"].startswith("KVMI")], g.qmp.events[mark:]
+        record("snapshot-delete", tool.name, "–", 0, "–", "–")
+
+
+@scenario(timeout=300)
+def gate_panic_actions(g):
+    """A panic that does not stop the guest is none of the tool's business; one that ends QEMU cuts it off."""
+    for action in ("none", "shutdown", "exit-failure") if LONG else ("none", "shutdown"):
+        if g.spoilt:
+            g.start()
+        g.qmp.execute("set-action", panic=action)
+        with Prompt(g) as tool:
+            pid, mark, tool_mark, begin = int((DIR / "pid").read_text()), g.qmp.mark(), tool.watch.mark(), time.monotonic()
+            g.tell(Panic.what)
+            g.qmp.event("GUEST_PANICKED", since=mark, action="run" if action == "none" else "poweroff")
+            if action == "none":
+                g.wait_alive()
+                tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
+                assert info(g)["state"] == "hooked" and kinds(g, mark) == ["GUEST_PANICKED"], kinds(g, mark)
+                record("guest panic, action none", tool.name, "–", 0, "–", "–")
+                continue
+            g.spoilt = True
+            end = g.qmp.event("KVMI_UNHOOKED", since=mark)["data"]
+            expect("forced", end)
+            wait_until(lambda: ended(pid), 20, "QEMU's end")
+            tool.watch.event("closed", since=tool_mark)
+            record_end(f"guest panic, action {action}", tool.name, end, time.monotonic() - begin)
 
 
 def used(store):
@@ -1465,7 +1505,7 @@ def gate_internal_error(_):
             expect("forced", end)
             assert (end["action"], end["restored"]) == ("internal-error", 1), end
             assert g.dump(place, place + 16) == before, "a breakpoint is left"
-            record("internal error", kind, end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+            record_end("internal error", kind, end, took)
             try:
                 g.qmp.execute("cont")
                 raise AssertionError("the guest runs on after an internal error")
@@ -1498,7 +1538,7 @@ def gate_crash(g):
         expect("forced", end)
         assert (end["action"], end["restored"]) == ("guest-panic", len(places)), end
         same_memory(before, code(g), "stopped by the tool")
-        record("the tool's CRASH", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", "–", "–")
+        record_end("the tool's answer CRASH", "raw", end)
         mark = g.qmp.mark()
         cont(g)
         tool.accept().answer()
@@ -1565,9 +1605,9 @@ def gate_reset(g):
             assert tool.start_time > started, (tool.start_time, started)
             started = tool.start_time
             booted(g, boots)
-            record(f"reset ({why})", "raw", end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
-    if LONG:
-        combine(g, Reset, CUT)
+            record_end(f"reset ({why})", "raw", end, took)
+    # The vCPUs have to come out of the events that they wait in
+    combine(g, Reset, (*CUT, Hung) if LONG else (Hung,))
 
 
 @scenario(timeout=1500 if LONG else 600, fresh=True)
@@ -1646,7 +1686,7 @@ def gate_end_of_qemu(g):
                 assert DEADLINE / 1000 - 0.1 < took < DEADLINE / 1000 + 2, took
             else:
                 assert took < DEADLINE / 1000 - 0.1, f"it took {took} s: {DEADLINE} ms are the deadline"
-            record(f"{how}, on-shutdown={mode}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", f"{took * 1000:.0f}", "–")
+            record_end(f"{how}, on-shutdown={mode}", tool.name, end, took)
 
 
 @scenario(timeout=120)
@@ -1718,9 +1758,8 @@ class Suspend(Way):
         assert self.g.qmp.execute("query-status")["status"] == "suspended"
         assert info(self.g)["state"] == "unhooked", info(self.g)
         self.same_code(code(self.g), "suspended")
-
-    def after(self):
         self.g.qmp.execute("system_wakeup")
+        tool.follow(self.g)
 
 
 @scenario(timeout=600, machine="q35")
@@ -1780,6 +1819,29 @@ def gate_suspend_woken(g):
     g.spoilt = True
 
 
+@scenario(timeout=600, machine="q35")
+def gate_suspend_woken_by_clock(g):
+    """So if it is an alarm that the guest has set: it goes off while the tool has yet to leave, as the guest did not expect."""
+    g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=120000)
+    with Deaf(g) as tool:
+        tool.raw.subscribe_unhook()     # hears it, and stays
+        mark = g.qmp.mark()
+        g.ask("wake up in 15", "wakes up in 15 s")
+        alarm = time.monotonic() + 15
+        g.tell("suspend")
+        tool.unhooking(mark)
+        assert time.monotonic() < alarm - 2, "the guest has taken too long to suspend"
+        time.sleep(alarm + 2 - time.monotonic())
+        assert info(g)["state"] == "unhooking" and "SUSPEND" not in kinds(g, mark), kinds(g, mark)
+        tool.raw.close()
+        end = g.qmp.event("KVMI_UNHOOKED", since=mark, action="suspend")["data"]
+        g.qmp.event("SUSPEND", since=mark)
+        g.qmp.event("WAKEUP", since=mark)
+        record_end("suspend to RAM, an alarm meanwhile", Killed.name, end)
+    g.wait_alive()
+    g.spoilt = True
+
+
 # --- by command, and QEMU's other options -----------------------------------------------------------------------------
 
 
@@ -1802,7 +1864,7 @@ def gate_kvmi_unhook(g):
             tool_mark = tool.watch.mark()
             g.qmp.execute(back)
             tool.watch.event("hit", since=tool_mark, count=3, timeout=60)
-            record(f"kvmi-unhook, {back}", tool.name, end["outcome"], f"{end['duration'] / 1000:.0f}", "–", "–")
+            record_end(f"kvmi-unhook, {back}", tool.name, end)
         # A wait that is cut short
         tool.watch.signal(signal.SIGSTOP)
         g.qmp.execute("qom-set", path="/objects/kvmi0", property="unhook-timeout-ms", value=60000)

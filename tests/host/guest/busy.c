@@ -400,6 +400,11 @@ static void *obey(void *unused)
 			reboot(RB_POWER_OFF);
 		else if (!strcmp(line, "suspend"))
 			write_file("/sys/power/state", "mem");
+		else if (sscanf(line, "wake up in %u", &value) == 1) {
+			snprintf(line, sizeof(line), "+%u", value);
+			write_file("/sys/class/rtc/rtc0/wakealarm", line);
+			printf("guest: wakes up in %u s\n", value);
+		}
 		else if (!strcmp(line, "list processes"))
 			tell_processes();
 		else if (!strcmp(line, "patch"))
