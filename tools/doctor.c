@@ -4,6 +4,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/kvm.h>
 #include <poll.h>
 #include <signal.h>
@@ -402,6 +403,27 @@ static bool has_line(const char *text, const char *wanted)
 	return false;
 }
 
+/* Does a rule name the socket?  As kvmi libvirt writes it, with the variable for the
+ * profile's name in place of "libvirt-UUID", or word for word */
+static bool has_rule(const char *rules, const char *socket)
+{
+	static const char form[] = "libvirt-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx";
+	const char *name = strstr(socket, "libvirt-");
+	char line[PATH_MAX];
+	size_t i = strlen("libvirt-");
+
+	if (has_line(rules, socket))
+		return true;
+	while (name && (form[i] == 'x' ? isxdigit(name[i]) : form[i] && form[i] == name[i]))
+		i++;
+	if (!name || form[i])
+		return false;
+	snprintf(line, sizeof(line), "%.*s@{profile_name}%s", (int)(name - socket), socket,
+		 name + i);
+
+	return has_line(rules, line);
+}
+
 static void check_libvirt(struct doctor *d)
 {
 	char *config, *enabled, *rules, *acl;
@@ -433,7 +455,7 @@ static void check_libvirt(struct doctor *d)
 		snprintf(cure, sizeof(cure),
 			 "kvmi libvirt enable DOMAIN; or by hand: echo '  \"%s\" rw,' >>%s",
 			 d->socket, LOCAL_RULES);
-		if (has_line(rules, d->socket))
+		if (has_rule(rules, d->socket))
 			say(d, "apparmor", OK, NULL,
 			    "AppArmor lets libvirt's VMs connect to %s",
 			    d->socket);

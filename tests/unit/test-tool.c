@@ -130,6 +130,9 @@ static void good_host(void)
 	put("qemu", "#!/bin/sh\nprintf 'List:\\n  iothread\\n  kvmi\\n  rng\\n'\n");
 }
 
+/* Where the tool is to listen */
+static const char *doctor_socket = "/tmp/kvmi-test.sock";
+
 /* state NULL: the host is ready */
 static void doctor(const char *check, const char *state, const char *cure)
 {
@@ -139,7 +142,7 @@ static void doctor(const char *check, const char *state, const char *cure)
 	int status;
 
 	status = run(&out, "doctor", "--json", "--root", root, "--qemu", qemu,
-		     "--socket", "/tmp/kvmi-test.sock", NULL);
+		     "--socket", doctor_socket, NULL);
 	g_test_message("%s", out);
 	g_assert_cmpint(status, ==, missing);
 	g_assert_true(missing == !!strstr(out, "\"missing\""));
@@ -196,6 +199,15 @@ static void test_doctor(void)
 	put("etc/apparmor.d/local/abstractions/libvirt-qemu",
 	    "# \"/tmp/kvmi-test.sock\" rw,\n/tmp/other rw,\n");
 	doctor("apparmor", "missing", "kvmi libvirt enable");
+	/* as kvmi libvirt enable writes it */
+	put("etc/apparmor.d/local/abstractions/libvirt-qemu",
+	    "  \"/tmp/@{profile_name}.sock\" rw, # kvmi libvirt, domain 1d5b7c2e-3f64-4a0e-9c1b-5a2f0d6e8b17\n");
+	doctor("apparmor", "missing", "kvmi libvirt enable");
+	doctor_socket = "/tmp/libvirt-1d5b7c2e-3f64-4a0e-9c1b-5a2f0d6e8b17.sock";
+	doctor("apparmor", "ok", NULL);
+	doctor_socket = "/tmp/libvirt-1d5b7c2e-3f64-4a0e-9c1b.sock";
+	doctor("apparmor", "missing", NULL);
+	doctor_socket = "/tmp/kvmi-test.sock";
 	put("sys/module/apparmor/parameters/enabled", "N\n");
 	doctor("apparmor", "ok", NULL);
 
