@@ -16,6 +16,8 @@
 void domain_setup_clear(struct domain_setup *setup)
 {
 	g_clear_pointer(&setup->socket, g_free);
+	g_clear_pointer(&setup->cid, g_free);
+	g_clear_pointer(&setup->port, g_free);
 	g_clear_pointer(&setup->key_file, g_free);
 	g_clear_pointer(&setup->emulator, g_free);
 }
@@ -381,10 +383,11 @@ char *domain_xml_enable(const char *xml, const struct domain_setup *setup,
 	if (!commandline)
 		commandline = append(root, ns, "commandline");
 
-	path = escape(setup->socket);
+	path = setup->socket ? escape(setup->socket) : NULL;
 	add_option(commandline, "-chardev",
-		   g_strdup_printf("socket,id=" XML_CHARDEV_ID ",path=%s,server=off,reconnect-ms=1000",
-				   path));
+		   g_strdup_printf("socket,id=" XML_CHARDEV_ID ",%s%s%s%s,server=off,reconnect-ms=1000",
+				   path ? "path=" : "cid=", path ? path : setup->cid,
+				   path ? "" : ",port=", path ? "" : setup->port));
 	g_free(path);
 	if (setup->key_file) {
 		path = escape(setup->key_file);
@@ -447,7 +450,11 @@ gboolean domain_xml_read(const char *xml, gboolean *enabled,
 		if (value && ours(opt, value)) {
 			if (!strcmp(opt, "-chardev")) {
 				g_free(setup->socket);
+				g_free(setup->cid);
+				g_free(setup->port);
 				setup->socket = option(value, "path");
+				setup->cid = option(value, "cid");
+				setup->port = option(value, "port");
 			} else if (option_is(value, "id", XML_KEY_ID)) {
 				g_free(setup->key_file);
 				setup->key_file = option(value, "file");

@@ -15,7 +15,8 @@
 #define XML_KEY_ID "kvmi0-key"
 
 struct domain_setup {
-	char *socket;
+	char *socket;		/* NULL: on vsock */
+	char *cid, *port;	/* of vsock */
 	char *key_file;		/* NULL: no key */
 	gboolean mutual;	/* with the key: auth=hmac */
 	char *emulator;		/* the domain's, or the one to set; NULL: as is */

@@ -51,8 +51,7 @@ static const char help[] =
 "Options of enable:\n"
 "  -s, --socket PATH      where the tool listens\n"
 "                         (default: " SOCKET_DIR "/libvirt-UUID.sock)\n"
-"      --vsock CID:PORT   the tool listens there instead; only for running domains,\n"
-"                         and only until they are shut off\n"
+"      --vsock CID:PORT   the tool listens there instead, in the VM with this CID\n"
 "  -k, --key-file FILE    the secret is that in FILE, of which QEMU gets a copy,\n"
 "                         " KEY_DIR "/libvirt-UUID.key\n"
 "                         (default: a new one, unless it has one)\n"
@@ -246,8 +245,7 @@ static gboolean unplug(virDomain *domain, gboolean *found, GError **error)
 	return TRUE;
 }
 
-static gboolean plug(virDomain *domain, const struct domain_setup *setup,
-		     const char *cid, const char *port, GError **error)
+static gboolean plug(virDomain *domain, const struct domain_setup *setup, GError **error)
 {
 	GError *local = NULL;
 	JsonNode *node = query(domain, &local);
@@ -272,11 +270,11 @@ static gboolean plug(virDomain *domain, const struct domain_setup *setup,
 	put(b, "type", "socket");
 	open_member(b, "data");
 	open_member(b, "addr");
-	put(b, "type", cid ? "vsock" : "unix");
+	put(b, "type", setup->cid ? "vsock" : "unix");
 	open_member(b, "data");
-	if (cid) {
-		put(b, "cid", cid);
-		put(b, "port", port);
+	if (setup->cid) {
+		put(b, "cid", setup->cid);
+		put(b, "port", setup->port);
 	} else {
 		put(b, "path", setup->socket);
 	}
@@ -735,7 +733,7 @@ static gboolean check_rules(const char *name, GError **error)
  * place that there is, see apparmor_path().  also: another setup whose files it
  * needs.  setup NULL: none */
 static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setup,
-			       const struct domain_setup *also, gboolean vsock, GError **error)
+			       GError **error)
 {
 	static const char *const daemons[] = { "libvirtd", "virtqemud" };
 	char *name = g_strconcat("libvirt-", uuid, NULL);
@@ -748,11 +746,7 @@ static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setu
 	if (setup) {
 		add_rule(rules, name, setup->socket, "rw");
 		add_rule(rules, name, setup->key_file, "r");
-		if (also) {
-			add_rule(rules, name, also->socket, "rw");
-			add_rule(rules, name, also->key_file, "r");
-		}
-		if (vsock)
+		if (setup->cid)
 			g_string_append(rules, "  network vsock stream,\n");
 		add_rule(rules, name, emulator, "rmix");
 		if (setup->socket && !strstr(setup->socket, name))
@@ -812,20 +806,38 @@ static gboolean host_introspects(GError **error)
 	return yes;
 }
 
-static gboolean knows_kvmi(const char *emulator, GError **error)
+/* What the emulator says of itself */
+static char *ask(const char *emulator, const char *option, const char *value, GError **error)
 {
-	char *argv[] = { (char *)emulator, "-object", "help", NULL };
+	char *argv[] = { (char *)emulator, (char *)option, (char *)value, NULL };
 	char *errors = NULL, *out = run(argv, &errors);
-	gboolean yes = out && strstr(out, "\n  kvmi\n");
 
 	if (!out)
-		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "%s -object help failed: %s",
-			    emulator, errors ? g_strchomp(errors) : "");
-	else if (!yes)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "%s %s%s%s failed: %s", emulator,
+			    option, value ? " " : "", value ? value : "",
+			    errors ? g_strchomp(errors) : "");
+	g_free(errors);
+
+	return out;
+}
+
+static gboolean knows_kvmi(const char *emulator, gboolean vsock, GError **error)
+{
+	char *out = ask(emulator, "-object", "help", error);
+	gboolean yes = out && strstr(out, "\n  kvmi\n");
+
+	if (out && !yes)
 		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
 			    "%s has no kvmi object: give the QEMU that has it by --emulator", emulator);
 	g_free(out);
-	g_free(errors);
+	if (!yes || !vsock)
+		return yes;
+	out = ask(emulator, "-help", NULL, error);
+	yes = out && strstr(out, "cid=");
+	if (out && !yes)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "%s cannot connect to a vsock by its command line (-chardev socket,cid=): give a newer QEMU by --emulator, or take --socket", emulator);
+	g_free(out);
 
 	return yes;
 }
@@ -896,6 +908,27 @@ static gboolean kept_object(virDomain *domain, char **where)
 	return saved || count;
 }
 
+/* CID:PORT */
+static gboolean read_vsock(const char *text, struct domain_setup *setup, GError **error)
+{
+	char **parts = g_strsplit(text, ":", -1);
+	gboolean fine = g_strv_length(parts) == 2;
+	guint64 cid, port;
+
+	fine = fine && g_ascii_string_to_unsigned(parts[0], 10, 0, UINT32_MAX, &cid, NULL) &&
+	       g_ascii_string_to_unsigned(parts[1], 10, 0, UINT32_MAX, &port, NULL);
+	if (fine) {
+		setup->cid = g_strdup_printf("%u", (unsigned int)cid);
+		setup->port = g_strdup_printf("%u", (unsigned int)port);
+	} else {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "--vsock wants CID:PORT, two numbers up to %u, not %s", UINT32_MAX, text);
+	}
+	g_strfreev(parts);
+
+	return fine;
+}
+
 /* Whom QEMU runs as */
 static gboolean qemu_user(virConnect *connection, uid_t *user, gid_t *group,
 			  GError **error)
@@ -940,13 +973,13 @@ static gboolean check_path(const char *what, const char *path, GError **error)
 
 static gboolean enable(virDomain *domain, const struct options *o, GError **error)
 {
-	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE, undo = FALSE;
-	gboolean persistent = virDomainIsPersistent(domain) == 1, found;
+	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
+	gboolean undo = FALSE, found;
+	gboolean persistent = virDomainIsPersistent(domain) == 1;
 	struct domain_setup setup = { 0 }, old = { 0 };
-	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *foreign = NULL;
+	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *foreign = NULL, *where;
 	const char *title = virDomainGetName(domain);
 	struct old_key key = { 0 };
-	char **vsock = NULL;
 	GError *why = NULL;
 	uid_t user = 0;
 	gid_t group = 0;
@@ -957,21 +990,8 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		       g_strdup_printf(SOCKET_DIR "/libvirt-%s.sock", uuid);
 	setup.mutual = o->mutual;
 	setup.key_file = o->no_key ? NULL : default_key(uuid);
-	if (setup.socket && !check_path("--socket", setup.socket, error))
-		goto out;
-	if (o->vsock) {
-		vsock = g_strsplit(o->vsock, ":", 2);
-		if (!vsock[0] || !vsock[1]) {
-			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "--vsock wants CID:PORT");
-			goto out;
-		}
-		if (!active) {
-			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
-				    "%s does not run, and QEMU's command line cannot name a vsock: start it first", title);
-			goto out;
-		}
-	}
-	if (!host_introspects(error))
+	if ((setup.socket && !check_path("--socket", setup.socket, error)) ||
+	    (o->vsock && !read_vsock(o->vsock, &setup, error)) || !host_introspects(error))
 		goto out;
 
 	xml = get_xml(domain);
@@ -984,25 +1004,24 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	if (o->emulator || old.emulator) {
 		const char *emulator = o->emulator ? o->emulator : old.emulator;
 
-		if (!knows_kvmi(emulator, error))
+		if (!knows_kvmi(emulator, o->vsock != NULL, error))
 			goto out;
 		setup.emulator = g_strdup(emulator);
 	}
-	if (!o->vsock) {
-		new = domain_xml_enable(xml, &setup, error);
-		if (!new) {
-			g_prefix_error(error, "%s: ", title);
-			goto out;
-		}
-	}
-	undo = TRUE;
-	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
-	    (setup.socket && !make_socket_dir(setup.socket, group, error)) ||
-	    (setup.key_file && !make_key(setup.key_file, o->key_file, user, group, &key, error)) ||
-	    (!access(APPARMOR DOMAIN_RULES, F_OK) &&
-	     !apparmor_rules(uuid, &setup, new ? NULL : &old, o->vsock != NULL, error)))
+	new = domain_xml_enable(xml, &setup, error);
+	if (!new) {
+		g_prefix_error(error, "%s: ", title);
 		goto out;
-	if (new && persistent) {
+	}
+	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
+	    (setup.socket && !make_socket_dir(setup.socket, group, error)))
+		goto out;
+	undo = TRUE;
+	if (setup.key_file && !make_key(setup.key_file, o->key_file, user, group, &key, error))
+		goto out;
+	if (!access(APPARMOR DOMAIN_RULES, F_OK) && !apparmor_rules(uuid, &setup, error))
+		goto out;
+	if (persistent) {
 		if (!define(domain, new, error))
 			goto out;
 		done("changed the XML of %s: the kvmi object is in <qemu:commandline>%s%s", title,
@@ -1014,10 +1033,10 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		done("%s is shut off, and goes on from its managed save image as it was then: this takes effect when that is not used (virsh start --force-boot %s), or if you run it again after the start", title, title);
 	} else if (!active) {
 		done("%s is shut off: this takes effect when it is started", title);
-	} else if (plug(domain, &setup, vsock ? vsock[0] : NULL, vsock ? vsock[1] : NULL, &why)) {
+	} else if (plug(domain, &setup, &why)) {
 		done("%s is running: the object is in it already, no restart is needed%s", title,
-		     new && persistent ? "" : "; it will be gone when the domain is shut off");
-	} else if (new && persistent) {
+		     persistent ? "" : "; it will be gone when the domain is shut off");
+	} else if (persistent) {
 		done("%s is running, and takes it only when it is shut down and started again: %s", title, why->message);
 	} else {
 		g_propagate_error(error, g_steal_pointer(&why));
@@ -1029,18 +1048,20 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		done("%s has %d snapshot%s without the object: run this again if you revert to one",
 		     title, count, count == 1 ? "" : "s");
 	/* no longer that of the XML */
-	if (new && !kept_object(domain, NULL) && !remove_keys(uuid, &old, setup.key_file, &found, error))
+	if (!kept_object(domain, NULL) && !remove_keys(uuid, &old, setup.key_file, &found, error))
 		goto out;
-	if (setup.socket)
-		done("Now start the tool: kvmi watch --socket %s --mode 0660%s%s%s", setup.socket,
-		     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "",
-		     setup.mutual ? " --mutual" : "");
+	where = setup.cid ? g_strdup_printf("vsock:%s", setup.port) :
+			    g_strdup_printf("%s --mode 0660", setup.socket);
+	done("Now start the tool: kvmi watch --socket %s%s%s%s", where,
+	     setup.key_file ? " --key-file " : "", setup.key_file ? setup.key_file : "",
+	     setup.mutual ? " --mutual" : "");
+	g_free(where);
 	fine = TRUE;
 out:
 	if (undo) {
 		/* The XML is still the one before: so shall be what it needs */
 		if (!access(APPARMOR DOMAIN_RULES, F_OK))
-			apparmor_rules(uuid, enabled ? &old : NULL, NULL, FALSE, NULL);
+			apparmor_rules(uuid, enabled ? &old : NULL, NULL);
 		if (key.changed && !key.text)
 			unlink(setup.key_file);
 		else if (key.changed)
@@ -1048,7 +1069,6 @@ out:
 	}
 	free_key(key.text, key.size);
 	g_clear_error(&why);
-	g_strfreev(vsock);
 	domain_setup_clear(&setup);
 	domain_setup_clear(&old);
 	g_free(foreign);
@@ -1094,9 +1114,7 @@ static gboolean disable(virDomain *domain, GError **error)
 		fine = TRUE;
 		goto out;
 	}
-	if ((!access(APPARMOR DOMAIN_RULES, F_OK) &&
-	     !apparmor_rules(uuid, NULL, NULL, FALSE, error)) ||
-	    !remove_keys(uuid, &old, NULL, &found, error))
+	if ((!access(APPARMOR DOMAIN_RULES, F_OK) && !apparmor_rules(uuid, NULL, error)) || !remove_keys(uuid, &old, NULL, &found, error))
 		goto out;
 	if (!found)
 		done("%s was not enabled", title);
@@ -1125,6 +1143,7 @@ static gboolean print_status(virDomain *domain, gboolean json)
 	JsonNode *node = NULL;
 	const char *problem = NULL, *state;
 	GError *error = NULL;
+	char *from;
 
 	virDomainGetUUIDString(domain, uuid);
 	if (!xml || !domain_xml_read(xml, &enabled, &setup, &foreign, &error))
@@ -1138,6 +1157,8 @@ static gboolean print_status(virDomain *domain, gboolean json)
 	}
 	state = problem ? "unknown" : kvmi ? text_of(kvmi, "state") :
 		!enabled && !foreign ? "off" : active ? "restart" : "shut-off";
+	from = setup.cid ? g_strdup_printf("vsock:%s:%s", setup.cid, setup.port) :
+			   g_strdup(setup.socket);
 
 	if (json) {
 		JsonBuilder *b = json_builder_new();
@@ -1152,8 +1173,8 @@ static gboolean print_status(virDomain *domain, gboolean json)
 		json_builder_add_boolean_value(b, active);
 		json_builder_set_member_name(b, "enabled");
 		json_builder_add_boolean_value(b, enabled || foreign);
-		if (setup.socket)
-			put(b, "socket", setup.socket);
+		if (from)
+			put(b, "socket", from);
 		if (setup.key_file)
 			put(b, "key-file", setup.key_file);
 		if (setup.mutual)
@@ -1175,9 +1196,12 @@ static gboolean print_status(virDomain *domain, gboolean json)
 		JsonObject *last = kvmi && json_object_has_member(kvmi, "last-unhook") ?
 			json_object_get_object_member(kvmi, "last-unhook") : NULL;
 		const char *peer = text_of(kvmi, "peer");
-		char *from = setup.socket ? g_strconcat("unix:", setup.socket, NULL) : g_strdup("-");
 
-		printf("%-20s %-11s %s", name, state, peer && *peer ? peer : from);
+		if (peer && *peer)
+			printf("%-20s %-11s %s", name, state, peer);
+		else
+			printf("%-20s %-11s %s%s", name, state, setup.socket ? "unix:" : "",
+			       from ? from : "-");
 		if (last)
 			printf("  last: %s, %s, %.1f ms", text_of(last, "action"), text_of(last, "outcome"),
 			       json_object_get_int_member(last, "duration") / 1000.0);
@@ -1186,9 +1210,9 @@ static gboolean print_status(virDomain *domain, gboolean json)
 		if (problem)
 			printf("  %s", problem);
 		putchar('\n');
-		g_free(from);
 	}
 	fine = !problem;
+	g_free(from);
 	if (node)
 		json_node_unref(node);
 	g_clear_error(&error);

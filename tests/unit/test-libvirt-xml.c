@@ -67,6 +67,8 @@ static void test_round_trip(gconstpointer data)
 	static const struct domain_setup setups[] = {
 		{ .socket = (char *)"/run/kvmi/guest.sock", .key_file = (char *)"/etc/kvmi/keys/guest.key" },
 		{ .socket = (char *)"/run/a,b=c/s", .key_file = NULL },
+		{ .cid = (char *)"3", .port = (char *)"5000", .key_file = (char *)"/k", .mutual = TRUE,
+		  .emulator = (char *)"/opt/other/qemu" },
 		{ .socket = (char *)"/run/<&>.sock", .key_file = (char *)"/a,,b", .mutual = TRUE,
 		  .emulator = (char *)"/opt/kvmi/bin/qemu-system-x86_64" },
 	};
@@ -87,6 +89,8 @@ static void test_round_trip(gconstpointer data)
 		g_assert_true(enabled);
 		g_assert_null(foreign);
 		g_assert_cmpstr(found.socket, ==, setups[i].socket);
+		g_assert_cmpstr(found.cid, ==, setups[i].cid);
+		g_assert_cmpstr(found.port, ==, setups[i].port);
 		g_assert_cmpstr(found.key_file, ==, setups[i].key_file);
 		g_assert_cmpint(found.mutual, ==, setups[i].mutual);
 		if (setups[i].emulator)
@@ -126,6 +130,11 @@ static void test_arguments(void)
 	setup.mutual = TRUE;
 	xml = domain_xml_enable(shapes[0].xml, &setup, NULL);
 	g_assert_nonnull(strstr(xml, ",key=kvmi0-key,auth=hmac\"/>"));
+	g_free(xml);
+
+	setup = (struct domain_setup){ .cid = (char *)"3", .port = (char *)"5000" };
+	xml = domain_xml_enable(shapes[0].xml, &setup, NULL);
+	g_assert_nonnull(strstr(xml, "\"socket,id=kvmi0-tool,cid=3,port=5000,server=off,reconnect-ms=1000\"/>"));
 	g_free(xml);
 }
 
