@@ -20,6 +20,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "apparmor.h"
 #include "kvmi.h"
 #include "libvirt-xml.h"
 #include "output.h"
@@ -582,28 +583,6 @@ static char *real_path(const char *path)
 	return result;
 }
 
-/* A path in an AppArmor rule: quoted, and what would be a pattern isn't.  The
- * profile's name becomes the variable: every domain's profile gets to see the rule,
- * and in all but one it is of no use */
-static char *apparmor_path(const char *path, const char *profile)
-{
-	GString *text = g_string_new("\"");
-
-	while (*path) {
-		if (g_str_has_prefix(path, profile)) {
-			g_string_append(text, "@{profile_name}");
-			path += strlen(profile);
-			continue;
-		}
-		if (strchr("\"\\*?[]{}^@", *path))
-			g_string_append_c(text, '\\');
-		g_string_append_c(text, *path++);
-	}
-	g_string_append_c(text, '"');
-
-	return g_string_free(text, FALSE);
-}
-
 static void add_rule(GString *rules, const char *profile, const char *path, const char *mode)
 {
 	char *real = path ? real_path(path) : NULL;
@@ -624,43 +603,23 @@ static int local_rules(const char *name, const char *uuid, const char *rules,
 {
 	char *path = g_strconcat(APPARMOR "local/", name, NULL);
 	char *dir = g_path_get_dirname(path);
-	char *mark = g_strdup_printf(" # kvmi libvirt, domain %s", uuid);
-	/* in a file that wasn't there before */
-	static const char made[] = "# made by kvmi libvirt, which removes it with its last rule\n";
-	char *before = NULL, **lines, **line;
-	GString *now = g_string_new(NULL);
+	char *before = NULL, *now;
 	struct stat old;
 	mode_t mode = 0644;
-	gboolean empty;
 	int result = 0;
 
-	if (!g_file_get_contents(path, &before, NULL, NULL)) {
-		before = g_strdup("");
-		if (rules)
-			g_string_append(now, made);
-	} else if (!stat(path, &old)) {
+	if (g_file_get_contents(path, &before, NULL, NULL) && !stat(path, &old))
 		mode = old.st_mode & 07777;
-	}
-	lines = g_strsplit(before, "\n", -1);
-	for (line = lines; *line; line++)
-		if (!g_str_has_suffix(*line, mark) && (line[1] || **line))
-			g_string_append_printf(now, "%s\n", *line);
-	g_strfreev(lines);
-	lines = g_strsplit(rules ? rules : "", "\n", -1);
-	for (line = lines; *line; line++)
-		if (**line)
-			g_string_append_printf(now, "%s%s\n", *line, mark);
-	g_strfreev(lines);
-	empty = !strcmp(now->str, made);
-	if (strcmp(now->str, before)) {
+	now = apparmor_replace(before, uuid, rules);
+	if (g_strcmp0(now, before)) {
 		result = 1;
 		if (g_mkdir_with_parents(dir, 0755)) {
 			fail_errno(error, dir);
 			result = -1;
-		} else if (empty && unlink(path)) {
+		} else if (!now && unlink(path)) {
 			fail_errno(error, path);
 			result = -1;
-		} else if (!empty && !write_file(path, now->str, mode, error)) {
+		} else if (now && !write_file(path, now, mode, error)) {
 			result = -1;
 		} else {
 			done("%s rules %s %s", rules ? "wrote AppArmor" : "removed AppArmor",
@@ -668,24 +627,33 @@ static int local_rules(const char *name, const char *uuid, const char *rules,
 		}
 	}
 	g_free(before);
-	g_free(mark);
+	g_free(now);
 	g_free(dir);
 	g_free(path);
-	g_string_free(now, TRUE);
 
 	return result;
 }
 
 static gboolean parser(const char *action, const char *profile, GError **error)
 {
-	char *argv[] = { "apparmor_parser", (char *)action, (char *)profile, NULL };
-	char *out, *errors = NULL;
+	static const char *const usual[] = { "/usr/sbin/apparmor_parser", "/sbin/apparmor_parser" };
+	char *program = g_find_program_in_path("apparmor_parser"), *out, *errors = NULL;
+	char *argv[] = { program, (char *)action, (char *)profile, NULL };
+	size_t i;
 
+	/* not in the PATH of everybody who became root */
+	for (i = 0; !argv[0] && i < G_N_ELEMENTS(usual); i++)
+		if (!access(usual[i], X_OK))
+			argv[0] = (char *)usual[i];
+	/* Without it nobody loads a profile, either: libvirt's files are all that is there */
+	if (!argv[0])
+		return TRUE;
 	out = run(argv, &errors);
 	if (!out)
 		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
 			    "apparmor_parser %s %s failed: %s", action, profile,
 			    errors && *errors ? g_strchomp(errors) : "it could not be started");
+	g_free(program);
 	g_free(errors);
 	g_free(out);
 
@@ -728,62 +696,118 @@ static gboolean check_rules(const char *name, GError **error)
 	return fine;
 }
 
-/* Rules for the domain's profile, and, for an emulator in an unusual place, for
- * the daemon, which starts it.  What every domain's profile includes is the one
- * place that there is, see apparmor_path().  also: another setup whose files it
- * needs.  setup NULL: none */
-static gboolean apparmor_rules(const char *uuid, const struct domain_setup *setup,
-			       GError **error)
+/* Who starts QEMU: for an emulator in an unusual place a profile of theirs needs a rule */
+static const char *const daemons[] = { "libvirtd", "virtqemud" };
+
+/* A domain's rules, for what each domain's profile includes, the one place that there is
+ * (see apparmor_path()), and for the daemons' profiles.  NULL: none */
+struct rules {
+	char *domain, *daemon[G_N_ELEMENTS(daemons)];
+};
+
+static void rules_clear(struct rules *rules)
 {
-	static const char *const daemons[] = { "libvirtd", "virtqemud" };
+	size_t i;
+
+	g_clear_pointer(&rules->domain, g_free);
+	for (i = 0; i < G_N_ELEMENTS(daemons); i++)
+		g_clear_pointer(&rules->daemon[i], g_free);
+}
+
+/* Those that the setup needs */
+static void make_rules(const char *uuid, const struct domain_setup *setup, struct rules *rules)
+{
+	char *name = g_strconcat("libvirt-", uuid, NULL);
+	char *emulator = setup->emulator ? real_path(setup->emulator) : NULL;
+	GString *text = g_string_new(NULL);
+	size_t i;
+
+	add_rule(text, name, setup->socket, "rw");
+	add_rule(text, name, setup->key_file, "r");
+	if (setup->cid)
+		g_string_append(text, "  network vsock stream,\n");
+	add_rule(text, name, emulator, "rmix");
+	if (setup->socket && !strstr(setup->socket, name) && !access(APPARMOR DOMAIN_RULES, F_OK))
+		done("AppArmor cannot keep other domains from %s: only from one with %s in its path",
+		     setup->socket, name);
+	rules->domain = g_string_free(text, FALSE);
+	for (i = 0; i < G_N_ELEMENTS(daemons); i++) {
+		if (!emulator || g_str_has_prefix(emulator, "/usr/bin/"))
+			continue;
+		text = g_string_new(NULL);
+		add_rule(text, name, emulator, "PUx");
+		rules->daemon[i] = g_string_free(text, FALSE);
+	}
+	g_free(emulator);
+	g_free(name);
+}
+
+static char *lines_in(const char *name, const char *uuid)
+{
+	char *path = g_strconcat(APPARMOR "local/", name, NULL), *text = NULL, *lines = NULL;
+
+	if (g_file_get_contents(path, &text, NULL, NULL))
+		lines = apparmor_lines(text, uuid);
+	g_free(text);
+	g_free(path);
+
+	return lines;
+}
+
+static char *daemon_profile(size_t i)
+{
+	return g_strconcat("usr.sbin.", daemons[i], NULL);
+}
+
+/* Those that it has */
+static void read_rules(const char *uuid, struct rules *rules)
+{
+	size_t i;
+
+	rules->domain = lines_in(DOMAIN_RULES, uuid);
+	for (i = 0; i < G_N_ELEMENTS(daemons); i++) {
+		char *base = daemon_profile(i);
+
+		rules->daemon[i] = lines_in(base, uuid);
+		g_free(base);
+	}
+}
+
+static gboolean write_rules(const char *uuid, const struct rules *rules, GError **error)
+{
 	char *name = g_strconcat("libvirt-", uuid, NULL);
 	char *profile = g_strconcat(APPARMOR "libvirt/", name, NULL);
-	char *emulator = setup && setup->emulator ? real_path(setup->emulator) : NULL;
-	GString *rules = g_string_new(NULL);
 	gboolean fine = TRUE;
 	size_t i;
 
-	if (setup) {
-		add_rule(rules, name, setup->socket, "rw");
-		add_rule(rules, name, setup->key_file, "r");
-		if (setup->cid)
-			g_string_append(rules, "  network vsock stream,\n");
-		add_rule(rules, name, emulator, "rmix");
-		if (setup->socket && !strstr(setup->socket, name))
-			done("AppArmor cannot keep other domains from %s: only from one with %s in its path",
-			     setup->socket, name);
-	}
-	switch (local_rules(DOMAIN_RULES, uuid, setup ? rules->str : NULL, error)) {
+	/* libvirt's profiles aren't there, nor is what would include the rules */
+	if (access(APPARMOR DOMAIN_RULES, F_OK))
+		goto out;
+	switch (local_rules(DOMAIN_RULES, uuid, rules->domain, error)) {
 	case -1:
 		fine = FALSE;
 		break;
 	case 1:
 		/* While the domain is shut off, libvirt has parts of its profile away */
-		fine = (!setup || check_rules(name, error)) &&
+		fine = (!rules->domain || check_rules(name, error)) &&
 		       (!is_loaded(name) || parser("-r", profile, error));
 	}
 	for (i = 0; fine && i < G_N_ELEMENTS(daemons); i++) {
-		char *base = g_strconcat("usr.sbin.", daemons[i], NULL);
-		char *daemon = g_strconcat(APPARMOR, base, NULL);
-		GString *rule = g_string_new(NULL);
+		char *base = daemon_profile(i), *daemon = g_strconcat(APPARMOR, base, NULL);
 
-		if (emulator && !g_str_has_prefix(emulator, "/usr/bin/"))
-			add_rule(rule, name, emulator, "PUx");
 		if (!access(daemon, F_OK)) {
-			int changed = local_rules(base, uuid, *rule->str ? rule->str : NULL, error);
+			int changed = local_rules(base, uuid, rules->daemon[i], error);
 
 			fine = changed >= 0 &&
 			       (!changed ||
 				parser(is_loaded(daemons[i]) ? "-r" : "-Q", daemon, error));
 		}
-		g_string_free(rule, TRUE);
 		g_free(daemon);
 		g_free(base);
 	}
-	g_free(emulator);
+out:
 	g_free(profile);
 	g_free(name);
-	g_string_free(rules, TRUE);
 
 	return fine;
 }
@@ -974,11 +998,12 @@ static gboolean check_path(const char *what, const char *path, GError **error)
 static gboolean enable(virDomain *domain, const struct options *o, GError **error)
 {
 	gboolean active = virDomainIsActive(domain) == 1, enabled, fine = FALSE;
-	gboolean undo = FALSE, found;
+	gboolean undo = FALSE, undo_rules = FALSE, found;
 	gboolean persistent = virDomainIsPersistent(domain) == 1;
 	struct domain_setup setup = { 0 }, old = { 0 };
 	char uuid[VIR_UUID_STRING_BUFLEN], *xml = NULL, *new = NULL, *foreign = NULL, *where;
 	const char *title = virDomainGetName(domain);
+	struct rules rules = { 0 }, rules_before = { 0 };
 	struct old_key key = { 0 };
 	GError *why = NULL;
 	uid_t user = 0;
@@ -1019,7 +1044,10 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	undo = TRUE;
 	if (setup.key_file && !make_key(setup.key_file, o->key_file, user, group, &key, error))
 		goto out;
-	if (!access(APPARMOR DOMAIN_RULES, F_OK) && !apparmor_rules(uuid, &setup, error))
+	read_rules(uuid, &rules_before);
+	make_rules(uuid, &setup, &rules);
+	undo_rules = TRUE;
+	if (!write_rules(uuid, &rules, error))
 		goto out;
 	if (persistent) {
 		if (!define(domain, new, error))
@@ -1060,8 +1088,8 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 out:
 	if (undo) {
 		/* The XML is still the one before: so shall be what it needs */
-		if (!access(APPARMOR DOMAIN_RULES, F_OK))
-			apparmor_rules(uuid, enabled ? &old : NULL, NULL);
+		if (undo_rules)
+			write_rules(uuid, &rules_before, NULL);
 		if (key.changed && !key.text)
 			unlink(setup.key_file);
 		else if (key.changed)
@@ -1069,6 +1097,8 @@ out:
 	}
 	free_key(key.text, key.size);
 	g_clear_error(&why);
+	rules_clear(&rules_before);
+	rules_clear(&rules);
 	domain_setup_clear(&setup);
 	domain_setup_clear(&old);
 	g_free(foreign);
@@ -1083,6 +1113,7 @@ static gboolean disable(virDomain *domain, GError **error)
 	gboolean active = virDomainIsActive(domain) == 1, enabled, found = FALSE, fine = FALSE;
 	char uuid[VIR_UUID_STRING_BUFLEN], *xml, *new = NULL, *foreign = NULL, *kept = NULL;
 	const char *title = virDomainGetName(domain);
+	static const struct rules none;
 	struct domain_setup old = { 0 };
 
 	virDomainGetUUIDString(domain, uuid);
@@ -1114,7 +1145,7 @@ static gboolean disable(virDomain *domain, GError **error)
 		fine = TRUE;
 		goto out;
 	}
-	if ((!access(APPARMOR DOMAIN_RULES, F_OK) && !apparmor_rules(uuid, NULL, error)) || !remove_keys(uuid, &old, NULL, &found, error))
+	if (!write_rules(uuid, &none, error) || !remove_keys(uuid, &old, NULL, &found, error))
 		goto out;
 	if (!found)
 		done("%s was not enabled", title);

@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* What "kvmi libvirt" does to the XML of domains of several shapes */
+/* What "kvmi libvirt" does to the XML of domains of several shapes, and to files with
+ * AppArmor's rules */
 
 #include <glib.h>
 #include <string.h>
 
+#include "apparmor.h"
 #include "libvirt-xml.h"
 
 #define DEVICES \
@@ -247,6 +249,61 @@ static void test_capabilities(void)
 	g_assert_null(capabilities_xml_read("<capabilities><host/></capabilities>"));
 }
 
+/* No path becomes more than one rule for that path */
+static void test_apparmor_path(void)
+{
+	static const char *const paths[][2] = {
+		{ "/run/kvmi/libvirt-1-2.sock", "\"/run/kvmi/@{profile_name}.sock\"" },
+		{ "/run/libvirt-1-2/libvirt-1-2", "\"/run/@{profile_name}/@{profile_name}\"" },
+		{ "/run/libvirt-1-3/a b,c", "\"/run/libvirt-1-3/a b,c\"" },
+		{ "/a*b?[c]{d,e}^@{f}", "\"/a\\*b\\?\\[c\\]\\{d,e\\}\\^\\@\\{f\\}\"" },
+		{ "/a\" rw, /** rwx,\\", "\"/a\\\" rw, /\\*\\* rwx,\\\\\"" },
+	};
+	size_t i;
+
+	for (i = 0; i < G_N_ELEMENTS(paths); i++) {
+		char *text = apparmor_path(paths[i][0], "libvirt-1-2");
+
+		g_assert_cmpstr(text, ==, paths[i][1]);
+		g_free(text);
+	}
+}
+
+#define MARK " # kvmi libvirt, domain "
+
+static void replaced(const char *before, const char *uuid, const char *rules, const char *after)
+{
+	char *text = apparmor_replace(before, uuid, rules);
+
+	g_assert_cmpstr(text, ==, after);
+	g_free(text);
+}
+
+static void test_apparmor_lines(void)
+{
+	static const char made[] = "# made by kvmi libvirt, which removes it with its last rule\n";
+	static const char others[] = "  # mine\n\n  /x r,\n  /a r," MARK "b\n";
+	char *with = g_strconcat(others, "  /s rw," MARK "a\n  /k r," MARK "a\n", NULL);
+	char *lines = apparmor_lines(with, "a"), *text;
+
+	g_assert_cmpstr(lines, ==, "  /s rw,\n  /k r,\n");
+	g_free(lines);
+	g_assert_null(apparmor_lines(with, "c"));
+	/* other lines stay, and what goes can be put back */
+	replaced(others, "a", "  /s rw,\n  /k r,\n", with);
+	replaced(with, "a", NULL, others);
+	replaced(with, "c", NULL, with);
+	replaced(with, "a", "  /s rw,\n  /k r,\n", with);
+	replaced("", "a", NULL, "");
+	g_free(with);
+	/* a file of ours comes with the first rule, and goes with the last one */
+	replaced(NULL, "a", NULL, NULL);
+	text = apparmor_replace(NULL, "a", "  /s rw,\n");
+	g_assert_true(g_str_has_prefix(text, made));
+	replaced(text, "a", NULL, NULL);
+	g_free(text);
+}
+
 int main(int argc, char **argv)
 {
 	size_t i;
@@ -264,6 +321,8 @@ int main(int argc, char **argv)
 	g_test_add_func("/libvirt-xml/no-domain", test_no_domain);
 	g_test_add_func("/libvirt-xml/not-kvm", test_not_kvm);
 	g_test_add_func("/libvirt-xml/capabilities", test_capabilities);
+	g_test_add_func("/libvirt-xml/apparmor-path", test_apparmor_path);
+	g_test_add_func("/libvirt-xml/apparmor-lines", test_apparmor_lines);
 
 	return g_test_run();
 }
