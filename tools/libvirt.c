@@ -535,29 +535,20 @@ static gboolean make_key(const char *path, const char *from, uid_t user, gid_t g
 	return fine;
 }
 
-/* Those of the domain go, but for one to keep.  What somebody else made isn't ours
- * to remove.  *found: there was one */
-static gboolean remove_keys(const char *uuid, const struct domain_setup *old, const char *keep,
-			    gboolean *found, GError **error)
+/* The domain's own goes.  What its XML names may be another's: that of the domain of
+ * which this one is a copy, or what somebody made by hand.  *found: there was one */
+static gboolean remove_key(const char *uuid, gboolean *found, GError **error)
 {
-	char *usual = default_key(uuid);
-	const char *paths[] = { usual, old->key_file };
+	char *path = default_key(uuid);
 	gboolean fine = TRUE;
-	size_t i;
 
-	for (i = 0; i < G_N_ELEMENTS(paths); i++) {
-		if (!paths[i] || !g_strcmp0(paths[i], keep) ||
-		    !g_str_has_prefix(paths[i], KEY_DIR "/"))
-			continue;
-		if (!unlink(paths[i])) {
-			done("removed the secret %s", paths[i]);
-			*found = TRUE;
-		} else if (errno != ENOENT) {
-			fine = fail_errno(error, paths[i]);
-			break;
-		}
+	if (!unlink(path)) {
+		done("removed the secret %s", path);
+		*found = TRUE;
+	} else if (errno != ENOENT) {
+		fine = fail_errno(error, path);
 	}
-	g_free(usual);
+	g_free(path);
 
 	return fine;
 }
@@ -953,6 +944,29 @@ static gboolean read_vsock(const char *text, struct domain_setup *setup, GError 
 	return fine;
 }
 
+/* Is this path one that enable gives to another domain? */
+static gboolean of_another(const char *path, const char *prefix, const char *uuid)
+{
+	char *theirs;
+	gboolean yes;
+
+	if (!path || !g_str_has_prefix(path, prefix))
+		return FALSE;
+	theirs = g_strndup(path + strlen(prefix), strlen(uuid));
+	yes = g_uuid_string_is_valid(theirs) && strcmp(theirs, uuid);
+	g_free(theirs);
+
+	return yes;
+}
+
+/* Is the domain a copy of one that was enabled (virt-clone)?  Its XML names what is that
+ * one's */
+static gboolean is_copy(const struct domain_setup *setup, const char *uuid)
+{
+	return of_another(setup->socket, SOCKET_DIR "/libvirt-", uuid) ||
+	       of_another(setup->key_file, KEY_DIR "/libvirt-", uuid);
+}
+
 /* Whom QEMU runs as */
 static gboolean qemu_user(virConnect *connection, uid_t *user, gid_t *group,
 			  GError **error)
@@ -1041,6 +1055,8 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
 	    (setup.socket && !make_socket_dir(setup.socket, group, error)))
 		goto out;
+	if (enabled && is_copy(&old, uuid))
+		done("the XML of %s had socket and secret of another domain, of which it may be a copy: it gets its own", title);
 	undo = TRUE;
 	if (setup.key_file && !make_key(setup.key_file, o->key_file, user, group, &key, error))
 		goto out;
@@ -1076,7 +1092,7 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		done("%s has %d snapshot%s without the object: run this again if you revert to one",
 		     title, count, count == 1 ? "" : "s");
 	/* no longer that of the XML */
-	if (!kept_object(domain, NULL) && !remove_keys(uuid, &old, setup.key_file, &found, error))
+	if (!setup.key_file && !kept_object(domain, NULL) && !remove_key(uuid, &found, error))
 		goto out;
 	where = setup.cid ? g_strdup_printf("vsock:%s", setup.port) :
 			    g_strdup_printf("%s --mode 0660", setup.socket);
@@ -1145,7 +1161,7 @@ static gboolean disable(virDomain *domain, GError **error)
 		fine = TRUE;
 		goto out;
 	}
-	if (!write_rules(uuid, &none, error) || !remove_keys(uuid, &old, NULL, &found, error))
+	if (!write_rules(uuid, &none, error) || !remove_key(uuid, &found, error))
 		goto out;
 	if (!found)
 		done("%s was not enabled", title);
@@ -1240,6 +1256,8 @@ static gboolean print_status(virDomain *domain, gboolean json)
 			printf("  error: %s", text_of(kvmi, "last-error"));
 		if (problem)
 			printf("  %s", problem);
+		else if (is_copy(&setup, uuid))
+			printf("  has the socket or the secret of another domain: run kvmi libvirt enable");
 		putchar('\n');
 	}
 	fine = !problem;
