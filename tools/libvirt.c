@@ -5,6 +5,7 @@
  */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <json-glib/json-glib.h>
 #include <libvirt/libvirt-qemu.h>
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -36,6 +38,10 @@
 #define DOMAIN_RULES "abstractions/libvirt-qemu"
 /* How long a tool that is asked to leave keeps its chardev busy, at most */
 #define LEAVE_S 20
+/* Held by who changes a domain's setup: the files are those of all domains */
+#define LOCK "/run/kvmi-libvirt.lock"
+/* How long another one is waited for */
+#define LOCK_S 60
 
 static const char help[] =
 "Usage: kvmi libvirt enable DOMAIN [OPTION]...\n"
@@ -967,6 +973,29 @@ static gboolean is_copy(const struct domain_setup *setup, const char *uuid)
 	       of_another(setup->key_file, KEY_DIR "/libvirt-", uuid);
 }
 
+/* Until the file is closed, which the end of this process does */
+static gboolean lock_setup(GError **error)
+{
+	gint64 end = g_get_monotonic_time() + LOCK_S * G_USEC_PER_SEC;
+	int fd = open(LOCK, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+
+	if (fd < 0)
+		return fail_errno(error, LOCK);
+	while (flock(fd, LOCK_EX | LOCK_NB)) {
+		if (errno != EWOULDBLOCK && errno != EINTR)
+			return fail_errno(error, LOCK);
+		if (g_get_monotonic_time() > end) {
+			g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+				    "another kvmi libvirt has been at work for %d s (it holds " LOCK ")",
+				    LOCK_S);
+			return FALSE;
+		}
+		g_usleep(100000);
+	}
+
+	return TRUE;
+}
+
 /* Whom QEMU runs as */
 static gboolean qemu_user(virConnect *connection, uid_t *user, gid_t *group,
 			  GError **error)
@@ -1421,8 +1450,9 @@ int libvirt_main(int argc, char **argv)
 		if (!domain) {
 			complain("libvirt knows no domain %s", argv[optind]);
 		} else {
-			fine = !strcmp(command, "enable") ? enable(domain, &o, &error) :
-							    disable(domain, &error);
+			fine = lock_setup(&error) &&
+			       (!strcmp(command, "enable") ? enable(domain, &o, &error) :
+							     disable(domain, &error));
 			if (fine)
 				result = EXIT_OK;
 			else
