@@ -876,10 +876,21 @@ static char *get_xml(virDomain *domain)
 	return virDomainGetXMLDesc(domain, flags);
 }
 
-static gboolean define(virDomain *domain, const char *xml, GError **error)
+/* xml in place of before */
+static gboolean define(virDomain *domain, const char *before, const char *xml, GError **error)
 {
-	virDomain *new = virDomainDefineXMLFlags(virDomainGetConnect(domain), xml, 0);
+	char *now = get_xml(domain);
+	gboolean same = !g_strcmp0(now, before);
+	virDomain *new;
 
+	free(now);
+	if (!same) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "the XML of %s was changed meanwhile: run this again",
+			    virDomainGetName(domain));
+		return FALSE;
+	}
+	new = virDomainDefineXMLFlags(virDomainGetConnect(domain), xml, 0);
 	if (!new) {
 		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
 			    "libvirt does not take the changed XML: %s", virGetLastErrorMessage());
@@ -1095,7 +1106,7 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	if (!write_rules(uuid, &rules, error))
 		goto out;
 	if (persistent) {
-		if (!define(domain, new, error))
+		if (!define(domain, xml, new, error))
 			goto out;
 		done("changed the XML of %s: the kvmi object is in <qemu:commandline>%s%s", title,
 		     g_strcmp0(setup.emulator, old.emulator) ? ", <emulator> is " : "",
@@ -1180,7 +1191,7 @@ static gboolean disable(virDomain *domain, GError **error)
 	}
 	if (enabled && virDomainIsPersistent(domain) == 1) {
 		new = domain_xml_disable(xml, error);
-		if (!new || !define(domain, new, error))
+		if (!new || !define(domain, xml, new, error))
 			goto out;
 		done("the XML of %s is without the object", title);
 		found = TRUE;
