@@ -508,3 +508,29 @@ char *capabilities_xml_read(const char *xml)
 
 	return user;
 }
+
+char *domain_xml_user(const char *xml)
+{
+	xmlDoc *doc = parse(xml, "domain", NULL);
+	char *user = NULL;
+	xmlNode *node;
+
+	if (!doc)
+		return NULL;
+	node = xmlDocGetRootElement(doc)->children;
+	for (; node && !user; node = node->next) {
+		char *model = is(node, "seclabel", NULL) ? value_of(node, "model") : NULL;
+		xmlNode *label = child(node, "label", NULL);
+
+		if (!g_strcmp0(model, "dac") && label) {
+			xmlChar *text = xmlNodeGetContent(label);
+
+			user = g_strdup((char *)text);
+			xmlFree(text);
+		}
+		g_free(model);
+	}
+	xmlFreeDoc(doc);
+
+	return user;
+}

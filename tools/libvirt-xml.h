@@ -38,5 +38,7 @@ gboolean domain_xml_read(const char *xml, gboolean *enabled,
 /* "+64055:+64055", whom QEMU runs as, from a host's capabilities; NULL if they
  * don't tell */
 char *capabilities_xml_read(const char *xml);
+/* The same for a domain that has somebody of its own, maybe by names; or NULL */
+char *domain_xml_user(const char *xml);
 
 #endif

@@ -7,12 +7,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <grp.h>
 #include <json-glib/json-glib.h>
 #include <libvirt/libvirt-qemu.h>
 #include <libvirt/libvirt.h>
 #include <libvirt/virterror.h>
 #include <gio/gio.h>
 #include <libxml/parser.h>
+#include <pwd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +22,7 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "apparmor.h"
@@ -397,6 +400,51 @@ static gboolean make_socket_dir(const char *socket, gid_t group, GError **error)
 	g_free(line);
 
 	return fine;
+}
+
+/* Can QEMU's user get to what is in the socket's folder? */
+static gboolean check_way(const char *socket, const char *title, uid_t user, gid_t group,
+			  GError **error)
+{
+	struct passwd *entry = getpwuid(user);
+	GPtrArray *dirs = g_ptr_array_new_with_free_func(g_free);
+	char *dir = g_strdup(socket);
+	gid_t groups[256] = { group };
+	int count = G_N_ELEMENTS(groups), status = 0;
+	guint i;
+	pid_t child;
+
+	do {
+		char *up = g_path_get_dirname(dir);
+
+		g_free(dir);
+		dir = up;
+		g_ptr_array_insert(dirs, 0, g_strdup(dir));
+	} while (strcmp(dir, "/"));
+	g_free(dir);
+	if (!entry || getgrouplist(entry->pw_name, group, groups, &count) < 0)
+		count = 1;
+	/* By the kernel, which knows of ACLs, too */
+	child = fork();
+	if (!child) {
+		if (setgroups(count, groups) || setresgid(group, group, group) ||
+		    setresuid(user, user, user))
+			_exit(0);
+		for (i = 0; i < dirs->len && i < 255; i++)
+			if (access(dirs->pdata[i], X_OK) && errno == EACCES)
+				_exit(i + 1);
+		_exit(0);
+	}
+	if (child > 0)
+		waitpid(child, &status, 0);
+	status = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+	if (status)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "the QEMU of %s runs as %u:%u, which may not search %s: give another place by --socket",
+			    title, user, group, (char *)dirs->pdata[status - 1]);
+	g_ptr_array_free(dirs, TRUE);
+
+	return !status;
 }
 
 /* A folder of ours on the way to the keys: QEMU's user has to get through */
@@ -940,6 +988,75 @@ static gboolean kept_object(virDomain *domain, char **where)
 	return saved || count;
 }
 
+/* "+64055:+106", or names, as libvirt takes them: what might be either is a name */
+static gboolean parse_owner(const char *label, uid_t *user, gid_t *group)
+{
+	char **parts = g_strsplit(label, ":", -1);
+	gboolean fine = g_strv_length(parts) == 2;
+	guint64 number;
+
+	if (fine) {
+		struct passwd *u = *parts[0] == '+' ? NULL : getpwnam(parts[0]);
+		struct group *g = *parts[1] == '+' ? NULL : getgrnam(parts[1]);
+
+		if (u)
+			*user = u->pw_uid;
+		else if (g_ascii_string_to_unsigned(parts[0] + (*parts[0] == '+'), 10, 0,
+						    UINT32_MAX - 1, &number, NULL))
+			*user = number;
+		else
+			fine = FALSE;
+		if (g)
+			*group = g->gr_gid;
+		else if (g_ascii_string_to_unsigned(parts[1] + (*parts[1] == '+'), 10, 0,
+						    UINT32_MAX - 1, &number, NULL))
+			*group = number;
+		else
+			fine = FALSE;
+	}
+	g_strfreev(parts);
+
+	return fine;
+}
+
+/* Whom QEMU runs as if the domain does not say; *user and *group are root's if the host
+ * does not, either: without a DAC driver QEMU is who the daemon is */
+static gboolean host_user(virConnect *connection, uid_t *user, gid_t *group, GError **error)
+{
+	char *xml = virConnectGetCapabilities(connection);
+	char *label = xml ? capabilities_xml_read(xml) : NULL;
+	gboolean fine = xml != NULL;
+
+	*user = 0;
+	*group = 0;
+	if (!xml) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "libvirt: %s", virGetLastErrorMessage());
+	} else if (label && !parse_owner(label, user, group)) {
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "libvirt has QEMU run as '%s', whom this host does not know", label);
+		fine = FALSE;
+	}
+	g_free(label);
+	free(xml);
+
+	return fine;
+}
+
+/* Whom this domain's QEMU runs as; unchanged if the XML does not say */
+static gboolean domain_user(const char *xml, uid_t *user, gid_t *group, GError **error)
+{
+	char *label = domain_xml_user(xml);
+	gboolean fine = !label || parse_owner(label, user, group);
+
+	if (!fine)
+		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED,
+			    "its <seclabel model='dac'> has QEMU run as '%s', whom this host does not know",
+			    label);
+	g_free(label);
+
+	return fine;
+}
+
 /* CID:PORT */
 static gboolean read_vsock(const char *text, struct domain_setup *setup, GError **error)
 {
@@ -1007,33 +1124,6 @@ static gboolean lock_setup(GError **error)
 	return TRUE;
 }
 
-/* Whom QEMU runs as */
-static gboolean qemu_user(virConnect *connection, uid_t *user, gid_t *group,
-			  GError **error)
-{
-	char *xml = virConnectGetCapabilities(connection);
-	char *label = xml ? capabilities_xml_read(xml) : NULL;
-	unsigned int u, g;
-	gboolean fine;
-
-	fine = label && sscanf(label, "+%u:+%u", &u, &g) == 2;
-	if (fine) {
-		*user = u;
-		*group = g;
-	} else {
-		/* no DAC driver: QEMU is who the daemon is */
-		*user = 0;
-		*group = 0;
-		fine = xml != NULL;
-	}
-	if (!fine)
-		g_set_error(error, G_IO_ERROR, G_IO_ERROR_FAILED, "libvirt: %s", virGetLastErrorMessage());
-	g_free(label);
-	free(xml);
-
-	return fine;
-}
-
 static gboolean check_path(const char *what, const char *path, GError **error)
 {
 	struct sockaddr_un address;
@@ -1061,7 +1151,7 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 	struct old_key key = { 0 };
 	GError *why = NULL;
 	uid_t user = 0;
-	gid_t group = 0;
+	gid_t group = 0, host_group;
 	int count;
 
 	virDomainGetUUIDString(domain, uuid);
@@ -1092,8 +1182,16 @@ static gboolean enable(virDomain *domain, const struct options *o, GError **erro
 		g_prefix_error(error, "%s: ", title);
 		goto out;
 	}
-	if (!qemu_user(virDomainGetConnect(domain), &user, &group, error) ||
-	    (setup.socket && !make_socket_dir(setup.socket, group, error)))
+	if (!host_user(virDomainGetConnect(domain), &user, &group, error))
+		goto out;
+	host_group = group;
+	if (!domain_user(xml, &user, &group, error)) {
+		g_prefix_error(error, "%s: ", title);
+		goto out;
+	}
+	/* The folder is for all domains */
+	if (setup.socket && (!make_socket_dir(setup.socket, host_group, error) ||
+			     !check_way(setup.socket, title, user, group, error)))
 		goto out;
 	if (enabled && is_copy(&old, uuid))
 		done("the XML of %s had socket and secret of another domain, of which it may be a copy: it gets its own", title);

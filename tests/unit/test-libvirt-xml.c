@@ -249,6 +249,24 @@ static void test_capabilities(void)
 	g_assert_null(capabilities_xml_read("<capabilities><host/></capabilities>"));
 }
 
+static void test_user(void)
+{
+	static const char *const none[] = {
+		"<domain/>", "<domain><seclabel type='dynamic' model='dac' relabel='yes'/></domain>",
+		"<domain><seclabel model='apparmor'><label>libvirt-1</label></seclabel></domain>",
+		"<domain><devices><seclabel model='dac'><label>a:b</label></seclabel></devices></domain>",
+	};
+	char *user = domain_xml_user("<domain><seclabel type='dynamic' model='apparmor' relabel='yes'/>"
+				     "<seclabel type='static' model='dac' relabel='no'>\n"
+				     "<label>+1000:kvm</label></seclabel></domain>");
+	size_t i;
+
+	g_assert_cmpstr(user, ==, "+1000:kvm");
+	g_free(user);
+	for (i = 0; i < G_N_ELEMENTS(none); i++)
+		g_assert_null(domain_xml_user(none[i]));
+}
+
 /* No path becomes more than one rule for that path */
 static void test_apparmor_path(void)
 {
@@ -321,6 +339,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/libvirt-xml/no-domain", test_no_domain);
 	g_test_add_func("/libvirt-xml/not-kvm", test_not_kvm);
 	g_test_add_func("/libvirt-xml/capabilities", test_capabilities);
+	g_test_add_func("/libvirt-xml/user", test_user);
 	g_test_add_func("/libvirt-xml/apparmor-path", test_apparmor_path);
 	g_test_add_func("/libvirt-xml/apparmor-lines", test_apparmor_lines);
 
