@@ -55,8 +55,8 @@ static const char help[] =
 "in the running QEMU, too.  It makes the directory of the tool's socket, a secret\n"
 "that the tool has to know, and the AppArmor rules; it says what it changes.\n"
 "disable takes back all of that.  Both work while the domain is shut off.  They\n"
-"have to run on the domain's host, as root.  UUID is that of the domain: AppArmor\n"
-"knows a domain's QEMU by it.\n"
+"have to run on the domain's host, as root.  DOMAIN is its name or its UUID.  UUID,\n"
+"in paths, is that of the domain: AppArmor knows a domain's QEMU by it.\n"
 "\n"
 "Options of enable:\n"
 "  -s, --socket PATH      where the tool listens\n"
@@ -1410,6 +1410,14 @@ static gboolean print_status(virDomain *domain, gboolean json)
 	return fine;
 }
 
+/* By name, or by UUID */
+static virDomain *find_domain(virConnect *connection, const char *name)
+{
+	virDomain *domain = virDomainLookupByName(connection, name);
+
+	return domain ? domain : virDomainLookupByUUIDString(connection, name);
+}
+
 static int status_main(virConnect *connection, char **names, gboolean json)
 {
 	virDomain **domains = NULL;
@@ -1417,11 +1425,11 @@ static int status_main(virConnect *connection, char **names, gboolean json)
 
 	if (*names) {
 		for (; *names; names++) {
-			virDomain *domain = virDomainLookupByName(connection, *names);
+			virDomain *domain = find_domain(connection, *names);
 
 			if (!domain || !print_status(domain, json)) {
 				if (!domain)
-					complain("libvirt: %s", virGetLastErrorMessage());
+					complain("libvirt knows no domain %s", *names);
 				result = EXIT_PROBLEM;
 			}
 			if (domain)
@@ -1553,9 +1561,7 @@ int libvirt_main(int argc, char **argv)
 	} else if (!uri || (why = unfit(uri))) {
 		complain("%s is %s", o.uri, uri ? why : virGetLastErrorMessage());
 	} else {
-		domain = virDomainLookupByName(connection, argv[optind]);
-		if (!domain)
-			domain = virDomainLookupByUUIDString(connection, argv[optind]);
+		domain = find_domain(connection, argv[optind]);
 		if (!domain) {
 			complain("libvirt knows no domain %s", argv[optind]);
 		} else {
