@@ -11,7 +11,7 @@ pytestmark = pytest.mark.amd
 
 
 # What is run without being asked for: the others take long
-USUAL = ("libvirt_suspend_resume", "libvirt_enable_apparmor", "libvirt_capabilities")
+USUAL = ("libvirt_suspend_resume", "libvirt_enable_files", "libvirt_enable_offline", "libvirt_enable_apparmor", "libvirt_capabilities")
 
 HEAD = """| virsh | tool | outcome | waited for it, ms | in all, ms | without a tool, ms |
 |---|---|---|--:|--:|--:|

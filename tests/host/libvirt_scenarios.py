@@ -11,6 +11,8 @@ They share libvirtd and one domain, as those of scenarios.py share a guest. Each
 matrix that the tests leave in build/host/libvirt.md.
 """
 import contextlib
+import difflib
+import fcntl
 import json
 import mmap
 import os
@@ -764,12 +766,17 @@ def aborted(d, job, behaviour, mark, w):
 # --- kvmi libvirt -----------------------------------------------------------------------------------------------------
 
 
-def kvmi_libvirt(*words, fails=False):
-    r = subprocess.run([str(BUILD / "tools/kvmi"), "libvirt", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                       text=True, timeout=90, env=dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib")))
-    print(f"$ kvmi libvirt {' '.join(words)}\n{r.stdout}", end="", flush=True)
-    assert (r.returncode != 0) == fails, f"status {r.returncode}"
-    return r.stdout
+def begin_kvmi_libvirt(*words, **environment):
+    return subprocess.Popen([str(BUILD / "tools/kvmi"), "libvirt", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=dict(os.environ, LD_LIBRARY_PATH=str(BUILD / "lib"), **environment))
+
+
+def kvmi_libvirt(*words, fails=False, **environment):
+    with begin_kvmi_libvirt(*words, **environment) as process:
+        said, _ = process.communicate(timeout=90)
+    print(f"$ kvmi libvirt {' '.join(words)}\n{said}", end="", flush=True)
+    assert (process.returncode != 0) == fails, f"status {process.returncode}"
+    return said
 
 
 def kvmi_status(name):
@@ -854,6 +861,14 @@ def libvirt_enable_live(d):
         w.event("closed", since=told, timeout=20)
         wait_until(lambda: kvmi_status(d.name)["state"] == "restart", 20, "the object to be gone")
         assert re.fullmatch(rf"{d.name} +restart +unix:{socket}\n", kvmi_libvirt("status", d.name))
+        # with another object in it that isn't ours
+        d.qmp.execute("chardev-add", id="mine", backend={"type": "socket", "data": {
+            "addr": {"type": "unix", "data": {"path": "/run/mine.sock"}}, "server": False, "reconnect-ms": 1000}})
+        d.qmp.execute("object-add", **{"qom-type": "kvmi", "id": "mine", "chardev": "mine"})
+        said = kvmi_libvirt("enable", d.name, "--mutual")
+        assert "takes it only when it is shut down and started again: it has a kvmi object already" in said, said
+        d.qmp.execute("object-del", id="mine")
+        wait_until(lambda: kvmi_status(d.name)["state"] == "restart", 20, "that object to be gone")
         assert "no restart is needed" in kvmi_libvirt("enable", d.name, "--mutual")
         tool_at_work(w, told)
         # With a tool that does not leave, nothing is taken from under the domain, and later all of it
@@ -872,38 +887,60 @@ def libvirt_enable_live(d):
     d.wait_alive()
 
 
-@scenario(kvmi=False)
+@scenario(kvmi=None)
 def libvirt_enable_vsock(d):
-    """A tool on vsock, in the running domain only: what its XML needs stays, and disable leaves nothing."""
+    """A tool on vsock: of a domain that is shut off, and after the next start, too; for a running one, in place of a unix socket.
+    disable leaves nothing."""
     for m in ("vsock", "vmw_vsock_virtio_transport_common", "vsock_loopback"):
         if not os.path.exists(f"/sys/module/{m}"):
             subprocess.run(["insmod", BUILD / f"linux/stock/{m}.ko"], check=True, timeout=20)
-    before, disk = d.virsh("dumpxml", "--inactive"), files()
+    d.define(kvmi=False)
+    d.create_disk()
     abstraction, local = Path("/etc/apparmor.d/abstractions/libvirt-qemu"), Path("/etc/apparmor.d/local/abstractions/libvirt-qemu")
     abstraction.write_text("  include if exists <local/abstractions/libvirt-qemu>\n")
-    secret = d.dir / "secret"
+    secret, old = d.dir / "secret", d.dir / "old-qemu"
     secret.write_text("the tool's secret")
+    old.write_text(f"#!/bin/sh\ncase $* in -help) echo 'no such option'; exit;; esac\nexec {d.emulator} \"$@\"\n")
+    old.chmod(0o755)
+    options = ["--socket", "vsock:5000", "--key-file", str(secret)]
+    d.libvirtd.virsh("define", changed(d, "", ""))      # as libvirt itself writes it
+    before, disk = d.virsh("dumpxml", "--inactive"), files()
+
+    def status():
+        return kvmi_libvirt("status", d.name), kvmi_status(d.name)["socket"]
+
     try:
-        kvmi_libvirt("enable", d.name, "--key-file", str(secret))
-        enabled = d.virsh("dumpxml", "--inactive")
+        for wrong in ("1", "1:", ":1", "a:1", "1:5000:2", "-1:5000", "1:+5", "4294967296:1", "1:4294967296", "1:5000,server=on"):
+            assert "--vsock wants CID:PORT" in kvmi_libvirt("enable", d.name, f"--vsock={wrong}", fails=True), wrong
+        assert "cannot connect to a vsock" in kvmi_libvirt("enable", d.name, "--vsock", "1:5000", "--emulator", str(old), fails=True)
+        assert d.virsh("dumpxml", "--inactive") == before and files() == disk
+        said = kvmi_libvirt("enable", d.name, "--vsock", "1:5000", "--key-file", str(secret), "--emulator", str(d.emulator))
         socket, key = places(d)
-        said = kvmi_libvirt("enable", d.name, "--vsock", "1:5000")
-        assert "gone when the domain is shut off" in said, said
-        assert d.virsh("dumpxml", "--inactive") == enabled
+        assert "takes effect when it is started" in said and f"kvmi watch --socket vsock:5000 --key-file {key}" in said, said
         rules = local.read_text()
-        assert "network vsock stream," in rules and "/run/kvmi/@{profile_name}.sock" in rules and "/etc/kvmi/keys/@{profile_name}.key" in rules, rules
-        with Watch(*HOT, options=["--socket", "vsock:5000", "--key-file", str(secret)]) as w:
+        assert "network vsock stream," in rules and "@{profile_name}.key" in rules and ".sock" not in rules, rules
+        line, where = status()
+        assert re.fullmatch(rf"{d.name} +shut-off +vsock:1:5000\n", line) and where == "vsock:1:5000", (line, where)
+        with Watch(*HOT, options=options) as w:
+            d.boot()
             w.event("hit", count=5, timeout=60)
-            assert re.fullmatch(rf"{d.name} +hooked +vsock:1:5000\n", kvmi_libvirt("status", d.name))
-        assert "--vsock wants" in kvmi_libvirt("enable", d.name, "--vsock", "1", fails=True)
-        kvmi_libvirt("disable", d.name)
-        assert not Path(key).exists()
-        kvmi_libvirt("enable", d.name, "--vsock", "1:5000")     # not in its XML at all
-        assert Path(key).exists() and d.virsh("dumpxml", "--inactive") == before
-        kvmi_libvirt("disable", d.name)
-        assert d.virsh("dumpxml", "--inactive") == before and files() == disk, set(files()) ^ set(disk)
+            line, where = status()
+            assert re.fullmatch(rf"{d.name} +hooked +vsock:1:5000\n", line) and where == "vsock:1:5000", (line, where)
+            told = w.mark()
+            d.virsh("destroy")
+            d.boot()
+            w.event("hit", since=told, count=5, timeout=60)
+        assert "no restart is needed" in kvmi_libvirt("enable", d.name, "--key-file", str(secret))
+        assert "vsock" not in local.read_text() and status()[1] == socket
+        assert "no restart is needed" in kvmi_libvirt("enable", d.name, "--vsock", "1:5000")
+        with Watch(*HOT, options=options) as w:
+            w.event("hit", count=5, timeout=60)
+            kvmi_libvirt("disable", d.name)
+        same_xml(d.virsh("dumpxml", "--inactive"), before)
+        assert files() == disk, set(files()) ^ set(disk)
     finally:
         abstraction.unlink()
+    d.remove()
 
 
 @scenario()
@@ -972,7 +1009,6 @@ def libvirt_enable_offline(d):
     assert "has no kvmi object" in kvmi_libvirt("enable", d.name, fails=True)
     assert d.virsh("dumpxml", "--inactive") == before
     assert "absolute path" in kvmi_libvirt("enable", d.name, "--socket", "relative", fails=True)
-    assert "does not run" in kvmi_libvirt("enable", d.name, "--vsock", "2:1", fails=True)
     assert "no domain" in kvmi_libvirt("enable", "nobody", fails=True)
     assert "qemu:///system" in kvmi_libvirt("--connect", "qemu:///session", "enable", d.name, fails=True)
     assert "another host" in kvmi_libvirt("--connect", "qemu+ssh://nowhere/system", "enable", d.name, fails=True)
@@ -996,8 +1032,44 @@ def libvirt_enable_offline(d):
     assert "does not take the changed XML" in kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", fails=True)
     Path(f"/etc/libvirt/qemu/{d.name}.xml.new").rmdir()
     assert files() == disk and d.virsh("dumpxml", "--inactive") == before
+    # Nor does a change of somebody else's get lost that comes in between
+    edits = d.dir / "qemu-edits"
+    edits.write_text(f"#!/bin/sh\ncase $* in '-object help') virsh -q -c {d.libvirtd.uri} desc {d.name} --config meanwhile >&2;; esac\n"
+                     f"exec {BUILD}/qemu/bin/qemu-system-x86_64 \"$@\"\n")
+    edits.chmod(0o755)
+    assert "was changed meanwhile: run this again" in kvmi_libvirt("enable", d.name, "--emulator", str(edits), fails=True)
+    assert "meanwhile</description>" in d.virsh("dumpxml", "--inactive") and "kvmi0" not in d.virsh("dumpxml", "--inactive") and files() == disk
+    d.virsh("desc", "--config", "")
+    assert d.virsh("dumpxml", "--inactive") == before
+    # A QEMU with a user of its own has to get to its secret and to the tool
+    d.libvirtd.virsh("define", changed(d, "</devices>", "</devices><seclabel type='static' model='dac' relabel='no'><label>libvirt-qemu:+1234</label></seclabel>"))
+    closed, uuid = d.dir / "closed", d.virsh("domuuid").strip()
+    (closed / "inner").mkdir(parents=True)
+    closed.chmod(0o700)
+    said = kvmi_libvirt("enable", uuid, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--socket", f"{closed}/inner/s", fails=True)
+    assert f"runs as 64055:1234, which may not search {closed}:" in said and files() == disk, said
+    closed.chmod(0o711)
+    kvmi_libvirt("enable", uuid, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--socket", f"{closed}/inner/s")
+    now = os.stat(places(d)[1])
+    assert (now.st_uid, now.st_gid) == (64055, 1234), now
+    assert "shut-off" in kvmi_libvirt("status", uuid)
+    kvmi_libvirt("disable", uuid)
+    d.libvirtd.virsh("define", changed(d, "libvirt-qemu:+1234", "nobody-here:+1"))
+    assert "'nobody-here:+1', whom this host does not know" in kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", fails=True)
+    d.libvirtd.virsh("define", changed(d, re.search(r" *<seclabel.*</seclabel>\n", d.virsh("dumpxml", "--inactive"), re.S)[0], ""))
+    assert d.virsh("dumpxml", "--inactive") == before and files() == disk
+    # In a QEMU that has no such object
+    d.libvirtd.virsh("define", changed(d, str(other), f"{BUILD}/qemu-stock/bin/qemu-system-x86_64"))
+    d.virsh("start", "--paused")
+    said = kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64")
+    assert "takes it only when it is shut down and started again" in said, said
+    assert kvmi_status(d.name)["state"] == "restart"
+    d.virsh("destroy")
+    kvmi_libvirt("disable", d.name)
+    d.libvirtd.virsh("define", changed(d, f"{BUILD}/qemu-stock/bin/qemu-system-x86_64", str(other)))
+    assert d.virsh("dumpxml", "--inactive") == before and files() == disk
     said = kvmi_libvirt("enable", d.name, "--emulator", f"{BUILD}/qemu/bin/qemu-system-x86_64", "--socket", f"{d.dir}/a,b.sock", "--no-key")
-    assert "when it is started" in said, said
+    assert "when it is started" in said and "AppArmor" not in said, said
     with Watch(*HOT, options=["--socket", f"{d.dir}/a,b.sock"]) as w:
         d.boot()
         w.event("hit", count=5, timeout=60)
@@ -1010,12 +1082,116 @@ def libvirt_enable_offline(d):
     d.remove()
 
 
+def same_xml(now, before):
+    assert now == before, "\n".join(difflib.unified_diff(before.splitlines(), now.splitlines(), "before", "now", lineterm=""))
+
+
 def changed(d, old, new):
     path = d.dir / "changed.xml"
     text = d.virsh("dumpxml", "--inactive")
     assert old in text
     path.write_text(text.replace(old, new))
     return path
+
+
+@scenario(kvmi=None)
+def libvirt_enable_files(d):
+    """What is on the host for other domains, and for others than kvmi libvirt: for a copy of an enabled domain, whose XML names
+    that one's socket and secret, nothing of it is touched; two at once don't take away each other's rules; and enable that fails leaves
+    the rules that a running domain needs."""
+    etc = Path("/etc/apparmor.d")
+    abstraction, local = etc / "abstractions/libvirt-qemu", etc / "local/abstractions/libvirt-qemu"
+    abstraction.write_text("  include if exists <local/abstractions/libvirt-qemu>\n")
+    other, crafted, parser = Domain(d.libvirtd, "copy"), Path("/etc/kvmi/x"), Path("/usr/sbin/apparmor_parser")
+    hidden = parser.with_name("hidden")
+    d.define(kvmi=False)
+    try:
+        disk = files()
+        kvmi_libvirt("enable", d.name)
+        _, key = places(d)
+        secret, rules, enabled = Path(key).read_text(), local.read_text(), d.virsh("dumpxml", "--inactive")
+        other.dir.mkdir(parents=True, exist_ok=True)
+
+        def copied(*changes):
+            copy = other.dir / "xml"
+            text = re.sub(" *<uuid>.*</uuid>\n", "", enabled).replace(f"<name>{d.name}<", f"<name>{other.name}<")
+            for old, new in changes:
+                assert old in text
+                text = text.replace(old, new)
+            copy.write_text(text)
+            d.libvirtd.virsh("define", copy)
+
+        def untouched():
+            assert Path(key).read_text() == secret and d.virsh("dumpxml", "--inactive") == enabled
+            assert [line for line in rules.splitlines() if line not in local.read_text().splitlines()] == [], local.read_text()
+
+        copied()
+        assert "of another domain: run kvmi libvirt enable" in kvmi_libvirt("status", other.name)
+        kvmi_libvirt("disable", other.name)
+        untouched()
+        other.virsh("undefine")
+        copied()
+        assert "it gets its own" in kvmi_libvirt("enable", other.name)
+        assert "another domain" not in kvmi_libvirt("status", other.name)
+        untouched()
+        own = places(other)
+        assert own[1] != key and Path(own[1]).read_text() != secret and other.virsh("dumpxml", "--inactive").count(own[0][:-5]) == 1
+        kvmi_libvirt("disable", other.name)
+        untouched()
+        assert local.read_text() == rules and not Path(own[1]).exists()
+        # Nor anything else that the XML names
+        other.virsh("undefine")
+        crafted.write_text("somebody's")
+        copied((key, f"/etc/kvmi/keys/../../kvmi/{crafted.name}"))
+        kvmi_libvirt("disable", other.name)
+        assert crafted.read_text() == "somebody's"
+        crafted.unlink()
+
+        # Before it comes to write rules, it does not touch those that a QEMU may need that was started with another XML
+        needed = f"  /run/needed rw, # kvmi libvirt, domain {other.virsh('domuuid').strip()}\n"
+        local.write_text(rules + needed)
+        kvmi_libvirt("enable", other.name, "--key-file", "/nowhere", fails=True)
+        assert local.read_text() == rules + needed
+        local.write_text(rules)
+
+        # One waits for the other
+        with open("/run/kvmi-libvirt.lock") as lock:
+            assert os.fstat(lock.fileno()).st_mode & 0o777 == 0o600
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with begin_kvmi_libvirt("enable", other.name) as waits:
+                time.sleep(2)
+                assert waits.poll() is None and not Path(places(other)[1]).exists() and local.read_text() == rules
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                said, _ = waits.communicate(timeout=60)
+        assert waits.returncode == 0, said
+        untouched()
+
+        # After it has written some, it puts back those that were there
+        rules = local.read_text()
+        Path(f"/etc/libvirt/qemu/{d.name}.xml.new").mkdir()
+        assert "does not take the changed XML" in kvmi_libvirt("enable", d.name, "--socket", "/run/other.sock", fails=True)
+        Path(f"/etc/libvirt/qemu/{d.name}.xml.new").rmdir()
+        assert sorted(local.read_text().splitlines()) == sorted(rules.splitlines()), local.read_text()
+        untouched()
+        kvmi_libvirt("disable", other.name)
+        kvmi_libvirt("disable", d.name)
+        assert files() == disk
+
+        # AppArmor's parser is found where root does not look for it, and where there is none, nobody loads the rules
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_text("  /mistake wrong,\n")
+        assert "apparmor_parser -Q" in kvmi_libvirt("enable", d.name, fails=True, PATH="/usr/bin:/bin")
+        parser.rename(hidden)
+        kvmi_libvirt("enable", d.name)
+        kvmi_libvirt("disable", d.name)
+        local.unlink()
+        assert files() == disk
+    finally:
+        if hidden.exists():
+            hidden.rename(parser)
+        abstraction.unlink()
+        other.remove()
+    d.remove()
 
 
 @scenario(kvmi=None)
@@ -1030,6 +1206,9 @@ def libvirt_enable_stock_user(_):
         d.define(kvmi=False)
         d.create_disk()
         shutil.chown(d.disk, 64055, 64055)
+        home = d.dir / "home"
+        home.mkdir(mode=0o700)
+        assert f"may not search {home}:" in kvmi_libvirt("--connect", libvirtd.uri, "enable", d.name, "--socket", f"{home}/s", fails=True)
         kvmi_libvirt("--connect", libvirtd.uri, "enable", d.name)
         socket, key = places(d)
         assert (os.stat(key).st_uid, os.stat(key).st_mode & 0o777) == (64055, 0o400), os.stat(key)
@@ -1063,7 +1242,9 @@ def libvirt_enable_apparmor(d):
             **{etc / "libvirt" / p: f"#include <tunables/global>\nprofile {p} flags=(attach_disconnected) {{\n"
                                     "  #include <abstractions/libvirt-qemu>\n}\n" for p in (profile, stranger)},
             etc / "usr.sbin.libvirtd": "#include <tunables/global>\nprofile libvirtd /usr/sbin/libvirtd flags=(attach_disconnected) {\n"
-                                       "  file,\n  #include <local/usr.sbin.libvirtd>\n}\n"}
+                                       "  file,\n  #include <local/usr.sbin.libvirtd>\n}\n",
+            etc / "usr.sbin.virtqemud": "#include <tunables/global>\nprofile virtqemud /usr/sbin/virtqemud flags=(attach_disconnected) {\n"
+                                        "  file,\n  include if exists <local/usr.sbin.virtqemud>\n}\n"}
     local = etc / "local/abstractions/libvirt-qemu"
     for path, text in made.items():
         path.write_text(text)
@@ -1109,7 +1290,8 @@ def libvirt_enable_apparmor(d):
         other.write_text("another secret")
         rules = local.read_text()
         assert rules.startswith("  # somebody else's\n") and rules.count(uuid) == 3, rules
-        assert f'"{emulator.resolve()}" PUx' in (etc / "local/usr.sbin.libvirtd").read_text()
+        for daemon in ("libvirtd", "virtqemud"):
+            assert f'"{emulator.resolve()}" PUx' in (etc / "local" / f"usr.sbin.{daemon}").read_text()
         # The domain next door, with the rules as they are now
         subprocess.run(["apparmor_parser", "-r", str(etc / "libvirt" / stranger)], check=True, timeout=60)
         assert may("open('/dev/null')", stranger) and not may(f"open('{key}')", stranger), "another domain's QEMU could read the secret"
@@ -1144,6 +1326,7 @@ def libvirt_enable_apparmor(d):
         Path(key).unlink()
         other.unlink()
         assert local.read_text() == "  # somebody else's\n" and local.stat().st_mode & 0o777 == 0o640
+        assert (etc / "local/usr.sbin.libvirtd").read_text() == "" and not (etc / "local/usr.sbin.virtqemud").exists()
         # What enable has made, it removes
         local.unlink()
         kvmi_libvirt("enable", d.name)
