@@ -683,18 +683,31 @@ def libvirt_migrate(d):
 
 
 def there_and_back(d, operation, *options, meanwhile=lambda o: None):
-    """To a host without a tool, where the guest just runs."""
+    """To a host with a tool of its own; the first time there is none on both, and the guest just runs."""
     before, home = code(d), d.libvirtd
-    with second_host(d) as two:
+    with second_host(d) as two, contextlib.ExitStack() as stack:
+        there = None
         for o in each_tool(d, operation):
+            if o.w and not there:
+                there = stack.enter_context(Watch(*HOT, options=("--socket", str(two.socket))))
+            told = there.mark() if there else 0
             with o:
                 job = d.migrate(two, *options)
                 meanwhile(o)
                 job.result()
             o.check("migrate", ended=True)
             d.moved()
+            if there:
+                hooked_again(d, there, told)
+                told = there.mark()
+                d.virsh("suspend")
+                there.event("closed", since=told, reason="unhook", timeout=20)
+            else:
+                assert info(d)["sessions"] == 0, info(d)
             same_memory(before, code(d), "on the other host")
-            assert info(d)["sessions"] == 0, info(d)
+            if there:
+                d.virsh("resume")
+                hooked_again(d, there, told)
             d.migrate(home, "--live").result()
             d.moved()
             o.again()
@@ -702,13 +715,13 @@ def there_and_back(d, operation, *options, meanwhile=lambda o: None):
 
 @scenario(timeout=600)
 def libvirt_migrate_p2p(d):
-    """A migration that one libvirtd does by itself with the other one; there is no tool there."""
+    """A migration that one libvirtd does by itself with the other one; the tool there gets in when the guest runs."""
     there_and_back(d, "migrate --p2p", "--live", "--p2p")
 
 
 @scenario(timeout=600)
 def libvirt_migrate_postcopy(d):
-    """A migration that becomes a post-copy one: the rest of the memory follows the guest."""
+    """A migration that becomes a post-copy one: the rest of the memory follows the guest, and the tool there is in again."""
     def switch(o):
         memory_sent(d)
         d.virsh("migrate-postcopy")
@@ -716,6 +729,39 @@ def libvirt_migrate_postcopy(d):
 
     # so slow that it does not end before
     there_and_back(d, "migrate --postcopy", "--live", "--postcopy", "--bandwidth", "2", meanwhile=switch)
+
+
+@scenario(timeout=500, kvmi=None)
+def libvirt_migrate_enabled(d):
+    """A domain that kvmi libvirt enable has set up, with its secret: hooked on the one host and then on the other, without another
+    word."""
+    d.define(kvmi=False)
+    d.create_disk()
+    home, disk = d.libvirtd, files()
+    kvmi_libvirt("enable", d.name)
+    socket, key = places(d)
+    options = ("--mode", "0660", "--key-file", key)
+    with (second_host(d) as two, Watch(*HOT, options=("--socket", socket, *options)) as here,
+          Watch(*HOT, options=("--socket", str(two.dir / "kvmi" / Path(socket).name), *options)) as there):
+        d.boot()
+        here.event("hit", count=5, timeout=60)
+        told = here.mark()
+        d.migrate(two, "--live").result()
+        here.event("closed", since=told, reason="unhook", timeout=20)
+        d.moved()
+        there.event("hit", count=5, timeout=60)
+        assert not [e for e in here.said[told:] if e["event"] == "connected"], "the tool of the first host is there, too"
+        wait_until(lambda: info(d)["state"] == "hooked", 20, "query-kvmi to say hooked")
+        s = json.loads(kvmi_libvirt("--connect", two.uri, "status", "--json", d.name))
+        assert (s["state"], s["socket"], s["kvmi"]["authenticated"]) == ("hooked", socket, True), s
+        told, told_there = here.mark(), there.mark()
+        d.migrate(home, "--live").result()
+        there.event("closed", since=told_there, reason="unhook", timeout=20)
+        d.moved()
+        here.event("hit", since=told, count=5, timeout=60)
+    kvmi_libvirt("disable", d.name)
+    assert files() == disk
+    d.remove()
 
 
 def memory_sent(d):

@@ -108,6 +108,11 @@ namespaces = []"""
             mount --bind {self.dir}/run /run/libvirt
             mount --bind {self.dir}/tool {inside.DIR}
         """
+        if self.name == "two":      # (those of the others listen where we do)
+            private += f"""
+            mkdir -p {self.dir}/kvmi /run/kvmi
+            mount --bind {self.dir}/kvmi /run/kvmi
+        """
         script.write_text(f"""set -eu
             hostname {self.name}
             # Debian's package libvirt-daemon-system makes them
