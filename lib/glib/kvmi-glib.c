@@ -2,6 +2,9 @@
 
 #include <kvmi/kvmi-glib.h>
 
+/* After a failure to accept a connection */
+#define PAUSE_US 200000
+
 struct vm_source {
 	GSource source;
 	struct kvmi_vm *vm;
@@ -92,6 +95,7 @@ GSource *kvmi_vm_source_new(struct kvmi_vm *vm)
 struct listener_source {
 	GSource source;
 	struct kvmi_listener *listener;
+	gpointer tag;
 };
 
 static gboolean listener_dispatch(GSource *base, GSourceFunc callback,
@@ -105,13 +109,24 @@ static gboolean listener_dispatch(GSource *base, GSourceFunc callback,
 
 	if (!function)
 		return G_SOURCE_REMOVE;
+	if (g_source_get_ready_time(base) >= 0) {
+		g_source_set_ready_time(base, -1);
+		g_source_modify_unix_fd(base, source->tag, G_IO_IN);
+	}
 	switch (kvmi_listener_accept(source->listener, &vm, &err)) {
 	case KVMI_OK:
 		return function(source->listener, vm, user_data);
 	case KVMI_ERR_NOTHING:
 		return G_SOURCE_CONTINUE;
 	default:
+		/*
+		 * Out of descriptors or memory: that may pass, but until then
+		 * the connection that waits would make us ready all the time.
+		 */
 		g_warning("%s", err.message);
+		g_source_modify_unix_fd(base, source->tag, 0);
+		g_source_set_ready_time(base,
+					g_source_get_time(base) + PAUSE_US);
 		return G_SOURCE_CONTINUE;
 	}
 }
@@ -126,8 +141,8 @@ GSource *kvmi_listener_source_new(struct kvmi_listener *listener)
 	source = (struct listener_source *)g_source_new(&functions,
 							sizeof(*source));
 	source->listener = listener;
-	g_source_add_unix_fd(&source->source, kvmi_listener_fd(listener),
-			     G_IO_IN);
+	source->tag = g_source_add_unix_fd(&source->source,
+					   kvmi_listener_fd(listener), G_IO_IN);
 	g_source_set_name(&source->source, "kvmi-listener");
 
 	return &source->source;

@@ -2,6 +2,8 @@
 /* Connections in a GLib main loop */
 
 #include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <glib.h>
 #include <glib/gstdio.h>
@@ -152,10 +154,95 @@ static void test_loop(void)
 	g_rmdir(folder);
 }
 
+static void count_warning(const gchar *domain, GLogLevelFlags level,
+			  const gchar *text, gpointer context)
+{
+	unsigned int *warnings = context;
+
+	(void)domain, (void)level;
+	g_assert_nonnull(strstr(text, "Too many open files"));
+	++*warnings;
+}
+
+static gboolean quit(gpointer loop)
+{
+	g_main_loop_quit(loop);
+
+	return G_SOURCE_REMOVE;
+}
+
+static gboolean keep_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
+			gpointer context)
+{
+	struct tool *tool = context;
+
+	g_assert_nonnull(listener);
+	tool->vm = vm;
+	g_main_loop_quit(tool->loop);
+
+	return G_SOURCE_CONTINUE;
+}
+
+/* No file descriptors left: said now and then, and over when there are some */
+static void test_no_fds(void)
+{
+	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	g_autofree char *path = g_build_filename(folder, "socket", NULL);
+	struct tool tool = { .loop = g_main_loop_new(NULL, FALSE) };
+	struct sim *sim = g_new0(struct sim, 1);
+	struct kvmi_listener *listener;
+	unsigned int warnings = 0;
+	struct rlimit limit, few;
+	GLogLevelFlags fatal;
+	GSource *source;
+	guint handler;
+
+	/* its accept() takes the connection before it fails */
+	if (g_getenv("LD_PRELOAD") &&
+	    strstr(g_getenv("LD_PRELOAD"), "vgpreload")) {
+		g_test_skip("valgrind");
+		return;
+	}
+	listener = kvmi_listener_new_unix(path, 0, NULL);
+	g_assert_nonnull(listener);
+	source = kvmi_listener_source_new(listener);
+	g_source_set_callback(source, G_SOURCE_FUNC(keep_vm), &tool, NULL);
+	g_source_attach(source, NULL);
+	sim_connect(sim, path);
+	g_assert_cmpint(getrlimit(RLIMIT_NOFILE, &limit), ==, 0);
+	few = limit;
+	few.rlim_cur = dup(0);
+	close(few.rlim_cur);
+	g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &few), ==, 0);
+	fatal = g_log_set_always_fatal(G_LOG_FATAL_MASK);
+	handler = g_log_set_handler(NULL, G_LOG_LEVEL_WARNING, count_warning,
+				    &warnings);
+	g_timeout_add(500, quit, tool.loop);
+	g_main_loop_run(tool.loop);
+	g_assert_null(tool.vm);
+	g_assert_cmpint(warnings, >, 0);
+	g_assert_cmpint(warnings, <=, 4);
+
+	g_assert_cmpint(setrlimit(RLIMIT_NOFILE, &limit), ==, 0);
+	g_main_loop_run(tool.loop);
+	g_assert_nonnull(tool.vm);
+	g_log_remove_handler(NULL, handler);
+	g_log_set_always_fatal(fatal);
+	kvmi_vm_close(tool.vm);
+	sim_stop(sim);
+	g_source_destroy(source);
+	g_source_unref(source);
+	kvmi_listener_free(listener);
+	g_main_loop_unref(tool.loop);
+	g_free(sim);
+	g_rmdir(folder);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
 	g_test_add_func("/glib/loop", test_loop);
+	g_test_add_func("/glib/no-fds", test_no_fds);
 
 	return g_test_run();
 }
