@@ -29,6 +29,7 @@ struct kvmi_walker {
 	pthread_mutex_t lock;	/* the cache */
 	struct cached *cache;	/* each page has one place */
 	size_t cache_pages;
+	uint64_t generation;	/* what was read before does not count any more */
 };
 
 enum kvmi_status kvmi_paging_of(const struct kvmi_registers *state,
@@ -89,6 +90,7 @@ void kvmi_walker_forget(struct kvmi_walker *walker)
 	if (!walker)
 		return;
 	pthread_mutex_lock(&walker->lock);
+	walker->generation++;
 	for (i = 0; i < walker->cache_pages; i++)
 		walker->cache[i].gpa = UINT64_MAX;
 	pthread_mutex_unlock(&walker->lock);
@@ -98,28 +100,38 @@ static enum kvmi_status read_entry(struct kvmi_walker *walker, uint64_t table,
 				   unsigned int index, uint64_t *entry,
 				   struct kvmi_error *err)
 {
-	enum kvmi_status status = KVMI_OK;
+	uint64_t page[PAGE_SIZE / 8], generation;
+	enum kvmi_status status;
 	struct cached *cached;
+	bool found;
 
 	if (!walker->cache_pages)
 		return kvmi_vm_read_physical(walker->vm, table + 8 * index,
 					     entry, sizeof(*entry), err);
 
-	pthread_mutex_lock(&walker->lock);
 	cached = &walker->cache[table / PAGE_SIZE % walker->cache_pages];
-	if (cached->gpa != table) {
-		/* if it fails, it has been written over nevertheless */
-		cached->gpa = UINT64_MAX;
-		status = kvmi_vm_read_physical(walker->vm, table,
-					       cached->entries, PAGE_SIZE, err);
-		if (status == KVMI_OK)
-			cached->gpa = table;
-	}
-	if (status == KVMI_OK)
+	pthread_mutex_lock(&walker->lock);
+	generation = walker->generation;
+	found = cached->gpa == table;
+	if (found)
 		*entry = cached->entries[index];
 	pthread_mutex_unlock(&walker->lock);
+	if (found)
+		return KVMI_OK;
 
-	return status;
+	/* without the lock: others need not wait for what they don't look for */
+	status = kvmi_vm_read_physical(walker->vm, table, page, PAGE_SIZE, err);
+	if (status != KVMI_OK)
+		return status;
+	*entry = page[index];
+	pthread_mutex_lock(&walker->lock);
+	if (walker->generation == generation) {
+		memcpy(cached->entries, page, PAGE_SIZE);
+		cached->gpa = table;
+	}
+	pthread_mutex_unlock(&walker->lock);
+
+	return KVMI_OK;
 }
 
 enum kvmi_status kvmi_walker_translate(struct kvmi_walker *walker,
