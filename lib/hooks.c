@@ -35,6 +35,10 @@
 /* For one instruction */
 #define STEP_TIMEOUT_MS 3000
 #endif
+#ifndef LEAVE_MS
+/* For all of it, once UNHOOK has come */
+#define LEAVE_MS 4500
+#endif
 /* When taking out took longer, there is no time to have a second look */
 #define VERIFY_UNTIL_MS 2500
 /* Pages that one instruction has freed: more than most can touch */
@@ -320,6 +324,18 @@ static bool stands_still(const struct kvmi_hooks *h, unsigned int vcpu)
 	return h->vcpus[vcpu].open || vm_has_open_event(h->vm, vcpu);
 }
 
+/* Once UNHOOK has come there has to be time for what comes afterwards, too */
+static int64_t stop_deadline(const struct kvmi_hooks *h)
+{
+	int64_t ms = STOP_TIMEOUT_MS, now = now_ms();
+	int64_t left = h->unhook_ms + LEAVE_MS - now;
+
+	if (h->unhook && left * 2 / 3 < ms)
+		ms = left > 0 ? left * 2 / 3 : 0;
+
+	return now + ms;
+}
+
 /*
  * Makes sure that no vCPU but `except' (-1: none) executes guest code, until
  * release().  Their events may still be on their way.
@@ -333,7 +349,7 @@ static bool hold(struct kvmi_hooks *h, int except)
 
 	take_events(h);
 	h->holding = true;
-	h->stop_deadline = now_ms() + STOP_TIMEOUT_MS;
+	h->stop_deadline = stop_deadline(h);
 
 	list = calloc(h->vcpu_count, sizeof(*list));
 	status = calloc(h->vcpu_count, sizeof(*status));
@@ -1768,7 +1784,7 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *h,
 	struct kvmi_hooks_result local = { 0 };
 	struct kvmi_page_access *pages;
 	struct kvmi_hook **list;
-	int64_t start, deadline;
+	int64_t start, hold_ms, deadline;
 	size_t count = 0, i, j;
 
 	if (!result)
@@ -1776,13 +1792,14 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *h,
 	*result = local;
 	if (!h || !h->vm)
 		return fail(err, KVMI_ERR_ARGUMENT, "not attached");
-	start = h->unhook ? h->unhook_ms : now_ms();
+	hold_ms = now_ms();
+	start = h->unhook ? h->unhook_ms : hold_ms;
 
 	hold(h, -1);
 	result->held = wait_all_stopped(h);
 	if (!result->held && !h->lost)
-		problem(h, "not all vCPUs stopped within %d ms",
-			STOP_TIMEOUT_MS);
+		problem(h, "not all vCPUs stopped within %" PRId64 " ms",
+			h->stop_deadline - hold_ms);
 	tell_open_hits(h);
 
 	list = calloc(h->list_count + 1, sizeof(*list));
@@ -1819,6 +1836,8 @@ enum kvmi_status kvmi_hooks_take_out(struct kvmi_hooks *h,
 		for (i = 0; i < h->vcpu_count; i++)
 			if (h->vcpus[i].pauses_due)
 				break;
+		if (h->unhook && deadline > h->unhook_ms + LEAVE_MS)
+			deadline = h->unhook_ms + LEAVE_MS;
 	} while (i < h->vcpu_count && wait_event(h, deadline));
 	for (j = 0; result->held && i == h->vcpu_count && j < h->list_count; j++)
 		h->list[j]->hot = h->list[j]->planted;

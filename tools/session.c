@@ -18,8 +18,11 @@
 #include "output.h"
 #include "watch.h"
 
-/* A VM that is gone ends the connection: this is for one that is stuck */
-#define COMMAND_TIMEOUT_MS 10000
+/*
+ * A VM that is gone ends the connection: this is for one that is stuck.  Below
+ * QEMU's deadline for unhooking (5 s).
+ */
+#define COMMAND_TIMEOUT_MS 4000
 #define HANDSHAKE_TIMEOUT_MS 10000
 #define KERNEL_POLL_MS 200
 #define KERNEL_RETRY_MS 5000

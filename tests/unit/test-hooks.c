@@ -813,6 +813,13 @@ static void test_slow(void)
 	g_assert_cmpint(kvmi_hooks_remove(world->hooks, hook, &err), ==,
 			KVMI_ERR_BUSY);
 	g_assert_cmpint(g_get_monotonic_time() - start, <, 20000000);
+
+	/* when it is to be paused, QEMU waits no longer than 5 s for us */
+	sim_unhook(&world->sim);
+	start = g_get_monotonic_time();
+	dispatch(world);
+	kvmi_hooks_take_out(world->hooks, NULL, NULL);
+	g_assert_cmpint(g_get_monotonic_time() - start, <, 4900000);
 	world_free(world);
 }
 
