@@ -11,6 +11,7 @@
 
 #include "kvmi.h"
 #include "output.h"
+#include "silent.h"
 
 #define KERNEL_POLL_MS 200
 
@@ -113,14 +114,12 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 {
 	/* no SA_RESTART: poll() ends */
 	struct sigaction action = { .sa_handler = on_signal };
-	struct kvmi_listener *listener;
-	struct kvmi_vm *vm = NULL;
+	struct silent silent = { .listener = start_listening(&one->where) };
 	int result = EXIT_PROBLEM;
 	struct kvmi_error err;
 	enum kvmi_status status;
 
-	listener = start_listening(&one->where);
-	if (!listener)
+	if (!silent.listener)
 		return EXIT_PROBLEM;
 
 	sigaction(SIGINT, &action, NULL);
@@ -129,44 +128,37 @@ int one_vm_connect(struct one_vm *one, uint64_t commands, uint64_t events)
 		one->end_ms = now_ms() + 1000LL * one->timeout_s;
 
 	while (!interrupted) {
-		struct pollfd poll_fd = {
-			.fd = vm ? kvmi_vm_fd(vm) : kvmi_listener_fd(listener),
-			.events = POLLIN,
-		};
+		struct pollfd fds[SILENT_FDS];
+		struct kvmi_vm *vm = NULL;
 
 		if (one->end_ms && now_ms() >= one->end_ms) {
-			complain(vm ? "a VM has connected to %s, but it is paused" :
+			complain(silent.count ? "a VM has connected to %s, but it is paused" :
 				 "no VM has connected to %s",
 				 one->where.socket);
 			result = EXIT_NO_VM;
 			break;
 		}
-		if (poll(&poll_fd, 1, 500) <= 0)
+		if (poll(fds, silent_fds(&silent, fds), 500) <= 0)
 			continue;
-		if (!vm) {
-			status = kvmi_listener_accept(listener, &vm, &err);
-			/* while it is paused, QEMU connects but says nothing */
-			if (status == KVMI_OK || status == KVMI_ERR_NOTHING)
-				continue;
-		} else {
+		status = silent_take(&silent, fds, &vm, &err);
+		if (status == KVMI_ERR_NOTHING)
+			continue;
+		if (status == KVMI_OK)
 			status = kvmi_vm_connect(vm, commands, events, &err);
-			/* not allowed: maybe they can do without */
-			if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED) {
-				kvmi_listener_free(listener);
-				one->vm = vm;
-				return EXIT_OK;
-			}
+		/* not allowed: maybe they can do without */
+		if (status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED) {
+			one->vm = vm;
+			result = EXIT_OK;
+			break;
 		}
 		complain("%s", err.message);
 		kvmi_vm_close(vm);
-		vm = NULL;
 		/* none of these will be better with the next connection */
 		if (status == KVMI_ERR_SYSTEM || status == KVMI_ERR_AUTH ||
 		    status == KVMI_ERR_VERSION)
 			break;
 	}
-	kvmi_vm_close(vm);
-	kvmi_listener_free(listener);
+	silent_free(&silent);
 
 	return result;
 }

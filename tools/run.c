@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "run.h"
+#include "silent.h"
 
 #define SESSIONS_MAX 256
 #define VCPUS_MAX 4096
@@ -225,24 +226,6 @@ static int try_to_begin(struct session *s)
 	return 0;
 }
 
-/*
- * QEMU connects to us while the VM is paused, too, but says nothing before it
- * runs.  false: this is the end.
- */
-static bool wait_for_handshake(struct run_vm *rv)
-{
-	struct pollfd poll_fds[2] = {
-		{ .fd = kvmi_vm_fd(rv->vm), .events = POLLIN },
-		{ .fd = rv->run->stop_fd, .events = POLLIN },
-	};
-
-	while (poll(poll_fds, 2, -1) < 0)
-		if (errno != EINTR)
-			return false;
-
-	return !poll_fds[1].revents;
-}
-
 static bool connect_to(struct run_vm *rv)
 {
 	const struct run_ops *ops = rv->run->ops;
@@ -251,8 +234,6 @@ static bool connect_to(struct run_vm *rv)
 	enum kvmi_status status;
 	struct line line;
 
-	if (!wait_for_handshake(rv))
-		return false;
 	kvmi_vm_set_timeout(rv->vm, HANDSHAKE_TIMEOUT_MS, NULL);
 	status = kvmi_vm_connect(rv->vm, ops->commands |
 				 KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS) |
@@ -445,32 +426,29 @@ static bool wait_for_sessions(struct run *run)
 	return done;
 }
 
-static void listen_for_vms(struct run *run, struct kvmi_listener *listener,
-			   int signal_fd)
+static void listen_for_vms(struct run *run, struct silent *silent, int signal_fd)
 {
 	struct kvmi_error err;
 
 	while (!atomic_load(&run->stopping)) {
-		struct pollfd poll_fds[] = {
-			{ .fd = kvmi_listener_fd(listener), .events = POLLIN },
+		struct pollfd poll_fds[3 + SILENT_FDS] = {
 			{ .fd = signal_fd, .events = POLLIN },
 			{ .fd = run->stop_fd, .events = POLLIN },
 			{ .fd = output_fd(), .events = POLLIN },
 		};
+		nfds_t count = 3 + silent_fds(silent, poll_fds + 3);
 		struct kvmi_vm *vm;
 
-		if (poll(poll_fds, 4, -1) < 0 && errno != EINTR)
+		if (poll(poll_fds, count, -1) < 0 && errno != EINTR)
 			break;
-		if (poll_fds[1].revents)
+		if (poll_fds[0].revents)
 			break;
-		if (poll_fds[3].revents) {
+		if (poll_fds[2].revents) {
 			complain("standard output cannot be written to any more");
 			atomic_store(&run->problem, true);
 			break;
 		}
-		if (!poll_fds[0].revents)
-			continue;
-		switch (kvmi_listener_accept(listener, &vm, &err)) {
+		switch (silent_take(silent, poll_fds + 3, &vm, &err)) {
 		case KVMI_OK:
 			start_session(run, vm);
 			break;
@@ -487,7 +465,7 @@ static void listen_for_vms(struct run *run, struct kvmi_listener *listener,
 
 int run_main(struct run *run)
 {
-	struct kvmi_listener *listener;
+	struct silent silent = { 0 };
 	int signal_fd;
 	struct line line;
 	sigset_t signals;
@@ -507,8 +485,8 @@ int run_main(struct run *run)
 		complain("cannot start: %s", strerror(errno));
 		return EXIT_PROBLEM;
 	}
-	listener = start_listening(&run->one.where);
-	if (!listener)
+	silent.listener = start_listening(&run->one.where);
+	if (!silent.listener)
 		return EXIT_PROBLEM;
 	if (run->one.json) {
 		json_start(&line, now_us(), "listening");
@@ -519,15 +497,14 @@ int run_main(struct run *run)
 		      run->one.where.socket);
 	}
 
-	listen_for_vms(run, listener, signal_fd);
+	listen_for_vms(run, &silent, signal_fd);
+	silent_free(&silent);
 	if (!wait_for_sessions(run)) {
 		complain("some VMs did not answer in time; KVM undoes what is left in them");
 		/* threads are still using everything */
-		kvmi_listener_free(listener);
 		output_end();
 		_exit(EXIT_PROBLEM);
 	}
-	kvmi_listener_free(listener);
 	if (output_dropped())
 		complain("%lu lines of output were dropped because they were not read in time",
 			 output_dropped());

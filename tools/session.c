@@ -1060,24 +1060,6 @@ static void check_start_time(struct vm_record *record,
 	}
 }
 
-/*
- * QEMU connects to us while the VM is paused, too, but says nothing before it
- * runs.  false: this is the end.
- */
-static bool wait_for_handshake(struct session *s)
-{
-	struct pollfd poll_fds[2] = {
-		{ .fd = kvmi_vm_fd(s->vm), .events = POLLIN },
-		{ .fd = s->watch->stop_fd, .events = POLLIN },
-	};
-
-	while (poll(poll_fds, 2, -1) < 0)
-		if (errno != EINTR)
-			return false;
-
-	return !poll_fds[1].revents;
-}
-
 static bool begin(struct session *s)
 {
 	uint64_t commands = KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS) |
@@ -1105,8 +1087,6 @@ static bool begin(struct session *s)
 	if (s->watch->syscalls)
 		commands |= KVMI_SET(KVMI_CMD_VCPU_TRANSLATE_GVA);
 
-	if (!wait_for_handshake(s))
-		return false;
 	kvmi_vm_set_timeout(s->vm, HANDSHAKE_TIMEOUT_MS, NULL);
 	status = kvmi_vm_connect(s->vm, commands, events, &err);
 	kvmi_vm_set_timeout(s->vm, COMMAND_TIMEOUT_MS, NULL);

@@ -15,6 +15,7 @@
 #include "kvmi.h"
 #include "output.h"
 #include "run.h"
+#include "silent.h"
 #include "watch.h"
 
 #define MAX_SESSIONS 256
@@ -489,37 +490,35 @@ static bool wait_for_sessions(struct watch *watch, int signal_fd)
 	return done;
 }
 
-static int listen_and_watch(struct watch *watch, struct kvmi_listener *listener,
+static int listen_and_watch(struct watch *watch, struct silent *silent,
 			    int signal_fd)
 {
 	struct kvmi_error err;
 
 	while (!atomic_load(&watch->stopping)) {
-		struct pollfd poll_fds[] = {
-			{ .fd = kvmi_listener_fd(listener), .events = POLLIN },
+		struct pollfd poll_fds[3 + SILENT_FDS] = {
 			{ .fd = signal_fd, .events = POLLIN },
 			{ .fd = watch->stop_fd, .events = POLLIN },
 			{ .fd = output_fd(), .events = POLLIN },
 		};
+		nfds_t count = 3 + silent_fds(silent, poll_fds + 3);
 		struct signalfd_siginfo info;
 		struct kvmi_vm *vm;
 
-		if (poll(poll_fds, 4, -1) < 0 && errno != EINTR) {
+		if (poll(poll_fds, count, -1) < 0 && errno != EINTR) {
 			complain("poll: %s", strerror(errno));
 			atomic_store(&watch->problem, true);
 			break;
 		}
-		if (poll_fds[1].revents &&
+		if (poll_fds[0].revents &&
 		    read(signal_fd, &info, sizeof(info)) == sizeof(info))
 			break;
-		if (poll_fds[3].revents) {
+		if (poll_fds[2].revents) {
 			complain("standard output cannot be written to any more");
 			atomic_store(&watch->problem, true);
 			break;
 		}
-		if (!poll_fds[0].revents)
-			continue;
-		switch (kvmi_listener_accept(listener, &vm, &err)) {
+		switch (silent_take(silent, poll_fds + 3, &vm, &err)) {
 		case KVMI_OK:
 			start_session(watch, vm);
 			break;
@@ -532,6 +531,7 @@ static int listen_and_watch(struct watch *watch, struct kvmi_listener *listener,
 		}
 	}
 	watch_stop(watch);
+	silent_free(silent);
 
 	if (!wait_for_sessions(watch, signal_fd)) {
 		complain("some VMs did not answer; breakpoints may be left in guests");
@@ -549,7 +549,7 @@ int watch_main(int argc, char **argv)
 		.changed = PTHREAD_COND_INITIALIZER,
 		.stop_fd = -1,
 	};
-	struct kvmi_listener *listener = NULL;
+	struct silent silent = { 0 };
 	int result, signal_fd = -1;
 	struct where where = { 0 };
 	sigset_t signals;
@@ -572,8 +572,8 @@ int watch_main(int argc, char **argv)
 		goto out;
 	}
 
-	listener = start_listening(&where);
-	if (!listener)
+	silent.listener = start_listening(&where);
+	if (!silent.listener)
 		goto out;
 	if (watch.json) {
 		struct line line;
@@ -585,14 +585,12 @@ int watch_main(int argc, char **argv)
 		human(now_us(), false, "waiting for VMs on %s", where.socket);
 	}
 
-	if (listen_and_watch(&watch, listener, signal_fd)) {
+	if (listen_and_watch(&watch, &silent, signal_fd)) {
 		/* threads are still using everything */
-		kvmi_listener_free(listener);
 		output_end();
 		fflush(stderr);
 		_exit(EXIT_PROBLEM);
 	}
-	kvmi_listener_free(listener);
 	print_totals(&watch);
 	if (output_dropped())
 		complain("%lu lines of output were dropped because they were not read in time",

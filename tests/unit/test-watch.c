@@ -5,9 +5,13 @@
  * that program (or a breakpoint event that is answered properly).
  */
 
+#include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -445,6 +449,7 @@ static void assert_alive(struct fake *fake)
 /* ------------------------------------------------------------------------ */
 
 struct run {
+	const char *command;	/* NULL: watch */
 	struct fake *fake;
 	char *folder, *socket, *map;
 	GPid pid;
@@ -490,12 +495,14 @@ static void start(struct run *run, const char *const *breaks,
 	make_map(run->map);
 
 	g_ptr_array_add(args, (char *)tool);
-	g_ptr_array_add(args, "watch");
-	g_ptr_array_add(args, "--json");
+	g_ptr_array_add(args, run->command ? (char *)run->command : "watch");
 	g_ptr_array_add(args, "--socket");
 	g_ptr_array_add(args, run->socket);
-	g_ptr_array_add(args, "--system-map");
-	g_ptr_array_add(args, run->map);
+	if (g_strcmp0(run->command, "info")) {
+		g_ptr_array_add(args, "--json");
+		g_ptr_array_add(args, "--system-map");
+		g_ptr_array_add(args, run->map);
+	}
 	for (i = 0; breaks[i]; i++) {
 		g_ptr_array_add(args, "--break");
 		g_ptr_array_add(args, (char *)breaks[i]);
@@ -591,7 +598,7 @@ static void finish(struct run *run, int status)
 /* Planted, hit, out at UNHOOK; several times; then Ctrl-C */
 static void watch(const char *const *breaks, unsigned int rounds)
 {
-	struct run run;
+	struct run run = { 0 };
 	struct sim *sim;
 	unsigned int i, hits;
 
@@ -662,7 +669,7 @@ static void events(const char *const *breaks)
 	static const char *const options[] = {
 		"--cr", "3", "--access", "phys:0x10008,16=rx", NULL
 	};
-	struct run run;
+	struct run run = { 0 };
 	struct sim *sim;
 	unsigned int i;
 
@@ -705,6 +712,58 @@ static void test_events_alone(void)
 	events(none);
 }
 
+/* Says nothing, or only the beginning of a handshake */
+static int connect_silent(struct run *run, bool begins)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+
+	g_strlcpy(address.sun_path, run->socket, sizeof(address.sun_path));
+	/* it may be there, and not listen yet */
+	while (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		g_assert_cmpint(errno, ==, ECONNREFUSED);
+		g_usleep(1000);
+	}
+	if (begins)
+		g_assert_cmpint(send(fd, "\x68\0\0\0abcd", 8, 0), ==, 8);
+
+	return fd;
+}
+
+/* Of those who say nothing, the last stay: and none hides a VM */
+static void test_silent(void)
+{
+	static const char *const none[] = { NULL };
+	static const char *const commands[] = { "watch", "stat", "info" };
+	int fds[300];
+	size_t i, j;
+
+	for (i = 0; i < G_N_ELEMENTS(commands); i++) {
+		struct run run = { .command = commands[i] };
+		struct pollfd poll_fd = { .events = POLLIN };
+		struct sim *sim;
+
+		start(&run, none, NULL);
+		while (!g_file_test(run.socket, G_FILE_TEST_EXISTS))
+			g_usleep(1000);
+		for (j = 0; j < G_N_ELEMENTS(fds); j++)
+			fds[j] = connect_silent(&run, j % 2);
+		sim = connect_sim(&run);
+		if (strcmp(commands[i], "info")) {
+			expect(&run, "ready");
+			kill(run.pid, SIGINT);
+			expect(&run, "closed");
+		}
+		finish(&run, 0);
+		sim_stop(sim);
+		g_free(sim);
+		poll_fd.fd = fds[0];
+		g_assert_cmpint(poll(&poll_fd, 1, 0), ==, 1);
+		for (j = 0; j < G_N_ELEMENTS(fds); j++)
+			close(fds[j]);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
@@ -725,6 +784,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/watch/all", test_all);
 	g_test_add_func("/watch/events", test_events);
 	g_test_add_func("/watch/events-alone", test_events_alone);
+	g_test_add_func("/watch/silent", test_silent);
 
 	return g_test_run();
 }
