@@ -522,8 +522,6 @@ int doctor_main(int argc, char **argv)
 	if (!d.json)
 		human(0, false, d.missing ? "This host is not ready." :
 		      "This host is ready.");
-	if (fflush(stdout))
-		return EXIT_PROBLEM;
 
 	return d.missing ? EXIT_PROBLEM : EXIT_OK;
 }

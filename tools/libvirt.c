@@ -1580,5 +1580,5 @@ int libvirt_main(int argc, char **argv)
 	virConnectClose(connection);
 	xmlCleanupParser();
 
-	return fflush(stdout) ? EXIT_PROBLEM : result;
+	return result;
 }

@@ -168,15 +168,15 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ||
 	    !strcmp(argv[1], "help")) {
 		fputs(help, stdout);
-		return EXIT_OK;
+		return stdout_end(EXIT_OK);
 	}
 	if (!strcmp(argv[1], "--version")) {
 		puts("kvmi " KVMI_TOOL_VERSION);
-		return EXIT_OK;
+		return stdout_end(EXIT_OK);
 	}
 	for (i = 0; i < sizeof(commands) / sizeof(commands[0]); i++)
 		if (!strcmp(argv[1], commands[i].name))
-			return commands[i].run(argc - 1, argv + 1);
+			return stdout_end(commands[i].run(argc - 1, argv + 1));
 
 #ifndef WITH_LIBVIRT
 	if (!strcmp(argv[1], "libvirt")) {

@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kvmi.h"
 #include "output.h"
 
 /* Beyond the first, lines that may be lost are; beyond the second, all are */
@@ -25,7 +26,7 @@ static size_t used, capacity;
 static bool writing, ending, failed, started;
 static unsigned long dropped;
 static pthread_t writer;
-static int failed_fd = -1;
+static int failed_fd = -1, failed_errno;
 
 int64_t now_us(void)
 {
@@ -61,6 +62,7 @@ static void *write_lines(void *unused)
 		char *mine = buffer;
 		size_t size = used;
 		bool good;
+		int error;
 
 		if (!size) {
 			if (ending)
@@ -74,12 +76,14 @@ static void *write_lines(void *unused)
 		pthread_mutex_unlock(&lock);
 
 		good = write_all(mine, size);
+		error = errno;
 		free(mine);
 
 		pthread_mutex_lock(&lock);
 		writing = false;
 		if (!good) {
 			failed = true;
+			failed_errno = error;
 			if (eventfd_write(failed_fd, 1))
 				ending = true;
 		}
@@ -106,6 +110,7 @@ bool output_end(void)
 {
 	struct timespec deadline;
 	bool good;
+	int error;
 
 	if (!started)
 		return true;
@@ -120,11 +125,27 @@ bool output_end(void)
 		if (pthread_cond_timedwait(&changed, &lock, &deadline))
 			break;
 	good = !used && !writing && !failed;
+	error = failed ? failed_errno : 0;
 	pthread_mutex_unlock(&lock);
 	if (good)
 		pthread_join(writer, NULL);
+	else
+		complain("standard output: %s", error ? strerror(error) :
+			 "nobody reads it");
 
 	return good;
+}
+
+int stdout_end(int result)
+{
+	errno = 0;
+	if (!ferror(stdout) && !fflush(stdout))
+		return result;
+	/* the reason of a failure before is not known any more */
+	complain("standard output: %s", errno ? strerror(errno) :
+		 "not all could be written");
+
+	return EXIT_PROBLEM;
 }
 
 bool output_failed(void)

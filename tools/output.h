@@ -23,9 +23,11 @@ struct line {
 int64_t now_us(void);
 
 int output_start(void);
-/* Waits (not for ever) until all is written; false if something was lost or
- * standard output failed */
+/* Waits (not for ever) until all is written; false, after having complained, if
+ * something was lost or standard output failed */
 bool output_end(void);
+/* The same without that thread, for the end of main(): the exit status to end with */
+int stdout_end(int result);
 /* standard output failed: nobody is reading any more */
 bool output_failed(void);
 unsigned long output_dropped(void);

@@ -131,8 +131,6 @@ int ps_main(int argc, char **argv)
 	for (i = 0; i < count; i++)
 		print_task(&tasks[i], threads, one.json);
 	free(tasks);
-	if (fflush(stdout))
-		result = EXIT_PROBLEM;
 
 	return result;
 }
@@ -193,8 +191,6 @@ int modules_main(int argc, char **argv)
 		print_module(&modules[i], one.json);
 	if (result == EXIT_OK)
 		free(modules);
-	if (fflush(stdout))
-		result = EXIT_PROBLEM;
 
 	return result;
 }

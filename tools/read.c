@@ -210,8 +210,6 @@ out:
 		complain("%s: %s", output_path, strerror(errno));
 		result = EXIT_PROBLEM;
 	}
-	if (fflush(stdout))
-		result = EXIT_PROBLEM;
 	one_vm_close(&one);
 	free(data);
 

@@ -444,7 +444,6 @@ static void listen_for_vms(struct run *run, struct silent *silent, int signal_fd
 		if (poll_fds[0].revents)
 			break;
 		if (poll_fds[2].revents) {
-			complain("standard output cannot be written to any more");
 			atomic_store(&run->problem, true);
 			break;
 		}

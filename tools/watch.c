@@ -514,7 +514,6 @@ static int listen_and_watch(struct watch *watch, struct silent *silent,
 		    read(signal_fd, &info, sizeof(info)) == sizeof(info))
 			break;
 		if (poll_fds[2].revents) {
-			complain("standard output cannot be written to any more");
 			atomic_store(&watch->problem, true);
 			break;
 		}

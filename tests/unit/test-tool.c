@@ -87,6 +87,35 @@ static void test_statuses(void)
 	g_assert_false(g_file_test(part, G_FILE_TEST_EXISTS));
 }
 
+/* What could not be written is said, and tells in the status */
+static void test_full(void)
+{
+	static const char *const commands[] = {
+		"--help", "--version", "read --help", "doctor", "doctor --json",
+		"watch -s $S", "stat -s $S --json",
+	};
+	g_autofree char *socket = g_build_filename(folder, "socket", NULL);
+	size_t i;
+
+	g_setenv("S", socket, true);
+	g_setenv("KVMI", tool, true);
+	for (i = 0; i < G_N_ELEMENTS(commands); i++) {
+		g_autofree char *script = g_strdup_printf(
+			"exec \"$KVMI\" %s >/dev/full", commands[i]);
+		char *argv[] = { "sh", "-c", script, NULL };
+		g_autofree char *errors = NULL;
+		int status;
+
+		g_assert_true(g_spawn_sync(NULL, argv, NULL, G_SPAWN_SEARCH_PATH,
+					   NULL, NULL, NULL, &errors, &status,
+					   NULL));
+		g_test_message("%s: %s", commands[i], errors);
+		g_assert_true(WIFEXITED(status));
+		g_assert_cmpint(WEXITSTATUS(status), ==, 1);
+		g_assert_nonnull(strstr(errors, "standard output: "));
+	}
+}
+
 /* ------------------------------------------------------------------------
  * doctor
  */
@@ -237,6 +266,7 @@ int main(int argc, char **argv)
 	alarm(110);
 
 	g_test_add_func("/tool/statuses", test_statuses);
+	g_test_add_func("/tool/full", test_full);
 	g_test_add_func("/tool/doctor", test_doctor);
 	result = g_test_run();
 
