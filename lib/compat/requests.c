@@ -229,6 +229,16 @@ int kvmi_translate_gva(void *context, unsigned short vcpu, __u64 gva,
 	return done(dom, status, &err);
 }
 
+/* KVMI_ERR_SYSTEM would be taken for the end of the connection */
+static enum kvmi_status no_memory(struct kvmi_error *err)
+{
+	*err = (struct kvmi_error){
+		.status = KVMI_ERR_NO_MEMORY, .message = "out of memory",
+	};
+
+	return err->status;
+}
+
 static enum kvmi_status pause_vcpus(struct dom *dom, const uint16_t *vcpus,
 				    size_t count, bool wait,
 				    struct kvmi_error *err)
@@ -237,10 +247,8 @@ static enum kvmi_status pause_vcpus(struct dom *dom, const uint16_t *vcpus,
 	enum kvmi_status status;
 	size_t i;
 
-	if (!each) {
-		memset(err, 0, sizeof(*err));
-		return KVMI_ERR_SYSTEM;
-	}
+	if (!each)
+		return no_memory(err);
 	for (i = 0; i < count; i++)
 		dom_pause_asked(dom, vcpus[i], 1);
 	status = kvmi_vm_pause_vcpus(dom->vm, vcpus, count, wait, each, err);
