@@ -9,13 +9,14 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "compat.h"
 
 /* Connections that have not said yet what VM they are */
 #define WAITING_MAX 64
+/* These, what ends the thread, and what the listener has */
+#define FDS (WAITING_MAX + 2)
 /* QEMU allows commands only after the handshake */
 #define ALLOW_MS 1000
 /*
@@ -23,6 +24,8 @@
  * wait for their VM for 10 s.
  */
 #define CONNECT_MS 4000
+/* A tool that calls nothing for that long is away */
+#define AWAY_MS 200
 
 _Static_assert(sizeof(struct kvmi_dom_event) == 8768, "layout");
 _Static_assert(offsetof(struct kvmi_dom_event, buf) == 576, "layout");
@@ -46,15 +49,33 @@ struct listener {
 	struct waiting waiting[WAITING_MAX];
 	size_t waiting_count;
 
+	struct dom *doms;	/* with doms_lock */
+	/* The thread's: those whose tool is away, and what it polls */
+	struct dom **away;
+	struct pollfd *fds;
+	size_t capacity;	/* of away */
+
 	pthread_mutex_t lock;
 	struct kvmi_vm *connecting;	/* for kvmi_uninit() to cut short */
 	bool stopping;
 };
 
-/* The only state that belongs to no handle: so wants it the function */
+/*
+ * State that belongs to no handle: the log function, as its setter wants it, and the
+ * lists of VMs, since a VM may be closed when its listener is gone already.
+ */
 static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 static kvmi_log_cb log_cb;
 static void *log_ctx;
+static pthread_mutex_t doms_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t doms_changed = PTHREAD_COND_INITIALIZER;
+
+/* What this thread says later, when nobody waits for it; the first of it */
+static __thread struct {
+	bool later;
+	kvmi_log_level level;
+	char text[512];
+} held;
 
 void complain(kvmi_log_level level, const char *format, ...)
 {
@@ -72,7 +93,12 @@ void complain(kvmi_log_level level, const char *format, ...)
 		va_start(args, format);
 		vsnprintf(text, sizeof(text), format, args);
 		va_end(args);
-		cb(level, text, ctx);
+		if (!held.later) {
+			cb(level, text, ctx);
+		} else if (!held.text[0]) {
+			held.level = level;
+			memcpy(held.text, text, sizeof(text));
+		}
 	}
 	errno = saved;
 }
@@ -131,17 +157,135 @@ int result(struct dom *dom, enum kvmi_status status,
 }
 
 /* ------------------------------------------------------------------------
- * The thread of a listener
+ * A tool may be busy with something else while the VM is to be paused.  Then the
+ * thread of the listener does what the tool's next call would do.
  */
 
-static int64_t now_ms(void)
+static bool make_room(struct listener *l, size_t doms)
 {
-	struct timespec now;
+	struct pollfd *fds;
+	struct dom **away;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
+	if (doms <= l->capacity)
+		return true;
+	doms += doms / 2 + 16;
+	fds = realloc(l->fds, (doms + FDS) * sizeof(*fds));
+	if (fds)
+		l->fds = fds;
+	away = fds ? realloc(l->away, doms * sizeof(*away)) : NULL;
+	if (!away)
+		return false;
+	l->away = away;
+	l->capacity = doms;
 
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+	return true;
 }
+
+static void begin_looking(struct listener *l, struct dom *dom)
+{
+	pthread_mutex_lock(&doms_lock);
+	dom->listener = l;
+	dom->next = l->doms;
+	l->doms = dom;
+	pthread_mutex_unlock(&doms_lock);
+}
+
+static void end_looking(struct dom *dom)
+{
+	struct dom **at;
+
+	/* in a child there is no such thread, and who has the lock is unknown */
+	if (dom->pid != getpid())
+		return;
+	pthread_mutex_lock(&doms_lock);
+	if (dom->listener) {
+		for (at = &dom->listener->doms; *at != dom; at = &(*at)->next)
+			;
+		*at = dom->next;
+		dom->listener = NULL;
+	}
+	while (dom->looked_after)
+		pthread_cond_wait(&doms_changed, &doms_lock);
+	pthread_mutex_unlock(&doms_lock);
+}
+
+static bool is_away(struct dom *dom)
+{
+	return now_ms() - atomic_load(&dom->seen) >= AWAY_MS &&
+	       !atomic_load(&dom->wants_unhook);
+}
+
+/*
+ * Adds those to l->fds[*count] whose tool is away, and tells whether there are
+ * others: nobody says when their tools stop calling.
+ */
+static bool poll_doms(struct listener *l, size_t *count)
+{
+	size_t doms = 0, away = 0;
+	bool others = false;
+	struct dom *dom;
+
+	pthread_mutex_lock(&doms_lock);
+	for (dom = l->doms; dom; dom = dom->next)
+		doms++;
+	if (!make_room(l, doms))
+		others = true;
+	for (dom = l->doms; dom; dom = dom->next) {
+		if (dom->ended)
+			continue;
+		if (away == l->capacity || !is_away(dom)) {
+			others = true;
+			continue;
+		}
+		l->away[away++] = dom;
+		l->fds[(*count)++] = (struct pollfd){
+			.fd = kvmi_vm_fd(dom->vm), .events = POLLIN,
+		};
+	}
+	pthread_mutex_unlock(&doms_lock);
+
+	return others;
+}
+
+static void look_after_dom(struct listener *l, struct dom *candidate)
+{
+	struct dom *dom;
+	bool goes_on;
+
+	pthread_mutex_lock(&doms_lock);
+	for (dom = l->doms; dom && dom != candidate; dom = dom->next)
+		;
+	/* closed, or called meanwhile */
+	if (!dom || !is_away(dom)) {
+		pthread_mutex_unlock(&doms_lock);
+		return;
+	}
+	dom->looked_after = true;
+	pthread_mutex_unlock(&doms_lock);
+
+	/*
+	 * kvmi_domain_close() may wait for this, with a lock of the tool's that its
+	 * log function wants as well.
+	 */
+	held.later = true;
+	goes_on = dom_look_after(dom);
+	held.later = false;
+
+	pthread_mutex_lock(&doms_lock);
+	dom->ended = !goes_on;
+	/* what the tool has to take makes it readable until then: not all the time */
+	atomic_store(&dom->seen, now_ms());
+	dom->looked_after = false;
+	pthread_cond_broadcast(&doms_changed);
+	pthread_mutex_unlock(&doms_lock);
+	if (held.text[0])
+		complain(held.level, "%s", held.text);
+	held.text[0] = 0;
+}
+
+/* ------------------------------------------------------------------------
+ * The thread of a listener
+ */
 
 static bool handshake(struct listener *l, struct kvmi_vm *vm)
 {
@@ -167,7 +311,14 @@ static bool handshake(struct listener *l, struct kvmi_vm *vm)
 	return kvmi_vm_set_key_hash(vm, answer.cookie_hash, NULL) == KVMI_OK;
 }
 
-static bool connect_vm(struct kvmi_vm *vm)
+/* A tool works without it, but not well */
+static bool is_refused(enum kvmi_status status)
+{
+	return status == KVMI_ERR_NOT_ALLOWED || status == KVMI_ERR_UNKNOWN;
+}
+
+/* false: *dom is to be freed, if it has been made */
+static bool connect_vm(struct kvmi_vm *vm, struct dom **dom)
 {
 	enum kvmi_status status;
 	struct kvmi_error err;
@@ -183,16 +334,18 @@ static bool connect_vm(struct kvmi_vm *vm)
 	kvmi_vm_set_timeout(vm, ALLOW_MS, NULL);
 	status = kvmi_vm_connect(vm, KVMI_SET(KVMI_CMD_VM_CONTROL_EVENTS),
 				 KVMI_SET(KVMI_EV_UNHOOK), &err);
-	if (status == KVMI_OK)
-		status = kvmi_vm_control_events(vm, KVMI_EV_UNHOOK, true, &err);
+	if (status == KVMI_OK || is_refused(status)) {
+		*dom = dom_new(vm, &status, &err);
+		if (!*dom)
+			return false;
+	}
 	if (status != KVMI_OK)
 		complain(KVMI_LOG_LEVEL_ERROR,
 			 "nobody will tell when this VM is to be paused: %s",
 			 err.message);
 	kvmi_vm_set_timeout(vm, TIMEOUT_MS, NULL);
 
-	return status == KVMI_OK || status == KVMI_ERR_NOT_ALLOWED ||
-	       status == KVMI_ERR_UNKNOWN;
+	return status == KVMI_OK || is_refused(status);
 }
 
 /* Takes over vm */
@@ -210,18 +363,21 @@ static void greet(struct listener *l, struct kvmi_vm *vm)
 		good = !l->stopping;
 		pthread_mutex_unlock(&l->lock);
 
-		good = good && connect_vm(vm);
+		good = good && connect_vm(vm, &dom);
 
 		pthread_mutex_lock(&l->lock);
 		l->connecting = NULL;
 		pthread_mutex_unlock(&l->lock);
 	}
-	if (good)
-		dom = dom_new(vm);
-	if (!dom) {
-		kvmi_vm_close(vm);
+	if (!good) {
+		if (dom)
+			dom_free(dom);
+		else
+			kvmi_vm_close(vm);
 		return;
 	}
+	/* before the tool knows of it, and may close it */
+	begin_looking(l, dom);
 	if (l->accept_cb(dom, &uuid, l->cb_ctx))
 		kvmi_domain_close(dom, true);
 }
@@ -276,31 +432,36 @@ static bool look_after(struct listener *l, size_t i, bool readable)
 static void *accept_thread(void *context)
 {
 	struct listener *l = context;
+	struct pollfd *fds;
 
 	for (;;) {
-		struct pollfd fds[WAITING_MAX + 2] = {
-			{ .fd = l->stop_fd, .events = POLLIN },
-			{ .fd = kvmi_listener_fd(l->listener),
-			  .events = POLLIN },
-		};
-		size_t count = l->waiting_count, i;
+		size_t waiting = l->waiting_count, count = waiting + 2, i;
+		bool others = poll_doms(l, &count);
 
-		if (count == WAITING_MAX)
-			fds[1].fd = -1;
-		for (i = 0; i < count; i++)
+		fds = l->fds;
+		fds[0] = (struct pollfd){ .fd = l->stop_fd, .events = POLLIN };
+		fds[1] = (struct pollfd){
+			.fd = waiting == WAITING_MAX ? -1 :
+			      kvmi_listener_fd(l->listener), .events = POLLIN,
+		};
+		for (i = 0; i < waiting; i++)
 			fds[i + 2] = (struct pollfd){
 				.fd = kvmi_vm_fd(l->waiting[i].vm),
 				.events = POLLIN,
 			};
-		if (poll(fds, count + 2, count ? 1000 : -1) < 0 &&
-		    errno != EINTR) {
+		if (poll(fds, count, others ? AWAY_MS : waiting ? 1000 : -1) < 0) {
+			if (errno == EINTR)
+				continue;
 			complain(KVMI_LOG_LEVEL_ERROR, "poll: errno %d", errno);
 			break;
 		}
 		if (fds[0].revents)
 			break;
+		for (i = waiting + 2; i < count; i++)
+			if (fds[i].revents)
+				look_after_dom(l, l->away[i - waiting - 2]);
 		/* from the end: those that go don't move the others */
-		for (i = count; i > 0; i--)
+		for (i = waiting; i > 0; i--)
 			look_after(l, i - 1, fds[i + 1].revents);
 		if (fds[1].revents)
 			accept_one(l);
@@ -338,7 +499,8 @@ static void *listen_on(struct kvmi_listener *listener,
 	l->cb_ctx = cb_ctx;
 	pthread_mutex_init(&l->lock, NULL);
 	l->stop_fd = eventfd(0, EFD_CLOEXEC);
-	error = l->stop_fd < 0 ? errno :
+	l->fds = malloc(FDS * sizeof(*l->fds));
+	error = l->stop_fd < 0 ? errno : !l->fds ? ENOMEM :
 		pthread_create(&l->thread, NULL, accept_thread, l);
 	if (!error)
 		return l;
@@ -347,6 +509,7 @@ static void *listen_on(struct kvmi_listener *listener,
 		close(l->stop_fd);
 	pthread_mutex_destroy(&l->lock);
 	kvmi_listener_free(listener);
+	free(l->fds);
 	free(l);
 	errno = error;
 
@@ -386,6 +549,7 @@ void *kvmi_init_vsock(unsigned int port, kvmi_new_guest_cb accept_cb,
 void kvmi_uninit(void *ctx)
 {
 	struct listener *l = ctx;
+	struct dom *dom;
 
 	if (!l)
 		return;
@@ -396,10 +560,16 @@ void kvmi_uninit(void *ctx)
 	pthread_mutex_unlock(&l->lock);
 	eventfd_write(l->stop_fd, 1);
 	pthread_join(l->thread, NULL);
+	pthread_mutex_lock(&doms_lock);
+	for (dom = l->doms; dom; dom = dom->next)
+		dom->listener = NULL;
+	pthread_mutex_unlock(&doms_lock);
 
 	kvmi_listener_free(l->listener);
 	close(l->stop_fd);
 	pthread_mutex_destroy(&l->lock);
+	free(l->away);
+	free(l->fds);
 	free(l);
 }
 
@@ -417,6 +587,7 @@ void kvmi_domain_close(void *context, bool do_shutdown)
 
 	if (!dom)
 		return;
+	end_looking(dom);
 	/* KVM does it by itself, unless it is an old one */
 	if (do_shutdown && dom->planted_count &&
 	    !kvmi_vm_get_version(dom->vm)->journal)

@@ -7,6 +7,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
+#include <time.h>
 
 #include <kvmi/kvmi.h>
 #include <libkvmi.h>
@@ -39,9 +41,19 @@ struct planted {
 	uint8_t original;
 };
 
+struct listener;
+
 struct dom {
 	struct kvmi_vm *vm;
 	atomic_bool disconnected;
+
+	/* For the thread that looks after it while the tool is away; compat.c */
+	pid_t pid;		/* that it was made in */
+	struct listener *listener;	/* whose thread it is; NULL: nobody's */
+	struct dom *next;
+	bool looked_after;	/* at this moment */
+	bool ended;		/* there is nothing more to be seen */
+	atomic_int_fast64_t seen;	/* ms: when the tool called last */
 
 	/* A request that has to do with planted; before lock, if both */
 	pthread_mutex_t request;
@@ -56,14 +68,23 @@ struct dom {
 	size_t queued;
 	struct vcpu *vcpus;
 	size_t vcpu_count;
-	bool wants_unhook;		/* the tool sees UNHOOK by itself */
-	bool unhook;			/* it came */
+	atomic_bool wants_unhook;	/* the tool sees UNHOOK by itself */
+	bool unhook_came;
+	bool unhook;			/* and is ours to deal with */
 	atomic_bool leaving;		/* no more events for the tool */
-	uint32_t unhook_seq;
 	bool ctx_data;			/* it has been said that there is none */
 	kvmi_log_level level;		/* of... */
 	char complaint[256];		/* ...what is to be said; "": nothing */
 };
+
+static inline int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
 
 /* compat.c */
 void complain(kvmi_log_level level, const char *format, ...)
@@ -74,7 +95,9 @@ int result(struct dom *dom, enum kvmi_status status,
 int fails(int number);
 
 /* events.c */
-struct dom *dom_new(struct kvmi_vm *vm);
+/* UNHOOK is enabled, if that is allowed: status and err tell */
+struct dom *dom_new(struct kvmi_vm *vm, enum kvmi_status *status,
+		    struct kvmi_error *err);
 /*
  * The tool's log function may call any function: it is called by dom_unlock(),
  * with what dom_complain() was told meanwhile (the first of it).
@@ -86,6 +109,11 @@ void dom_complain(struct dom *dom, kvmi_log_level level, const char *format, ...
 void dom_free(struct dom *dom);
 /* Takes over what the library has received; at the end of each request */
 void dom_look(struct dom *dom);
+/*
+ * The same for a tool that is away: all but UNHOOK is left for it.  false: the
+ * connection has ended.
+ */
+bool dom_look_after(struct dom *dom);
 /* Waits for an event to come in, at most ms */
 void dom_wait(struct dom *dom, int ms);
 /* The older view's number to libkvmi-2's; -1: there is none */

@@ -6,12 +6,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include <unistd.h>
 
 #include "compat.h"
 
-/* Below QEMU's deadline, 5 s */
-#define LEAVE_MS 3000
+/* All of it: below QEMU's deadline, 5 s.  Until all vCPUs have stopped. */
+#define LEAVE_MS 4000
+#define STOP_MS 3000
 
 static const struct {
 	int older;
@@ -52,25 +53,22 @@ static int older_id(int newer)
 	return -1;
 }
 
-static int64_t now_ms(void)
-{
-	struct timespec now;
+static void on_unhook(struct kvmi_vm *vm, void *context);
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
-
-	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-struct dom *dom_new(struct kvmi_vm *vm)
+struct dom *dom_new(struct kvmi_vm *vm, enum kvmi_status *status,
+		    struct kvmi_error *err)
 {
 	struct dom *dom = calloc(1, sizeof(*dom));
 
 	if (!dom)
 		return NULL;
 	dom->vm = vm;
+	dom->pid = getpid();
+	atomic_store(&dom->seen, now_ms());
 	dom->last = &dom->first;
 	pthread_mutex_init(&dom->lock, NULL);
 	pthread_mutex_init(&dom->request, NULL);
+	*status = kvmi_vm_on_unhook(vm, on_unhook, dom, err);
 
 	return dom;
 }
@@ -306,17 +304,26 @@ static bool end_passing(struct dom *dom, struct vcpu *v, unsigned int vcpu)
 	return !v->stepping;
 }
 
+/* With the lock.  Once: a peer may send as many as it likes */
+static void take_unhook(struct dom *dom)
+{
+	const struct kvmi_vm_event event = { .id = KVMI_EV_UNHOOK };
+
+	if (!dom->unhook_came && atomic_load(&dom->wants_unhook))
+		queue(dom, &event);
+	else if (!dom->unhook_came)
+		dom->unhook = true;
+	dom->unhook_came = true;
+}
+
 /* With the lock */
 static void take(struct dom *dom, struct kvmi_vm_event *event)
 {
 	struct vcpu *v;
 
+	/* an event if there is no function for it: QEMU did not allow it then */
 	if (event->id == KVMI_EV_UNHOOK) {
-		dom->unhook_seq = event->seq;
-		if (dom->wants_unhook)
-			queue(dom, event);
-		else
-			dom->unhook = true;
+		take_unhook(dom);
 		kvmi_vm_event_free(event);
 		return;
 	}
@@ -354,18 +361,59 @@ static void take_all(struct dom *dom)
 		take(dom, event);
 }
 
-void dom_look(struct dom *dom)
+static void on_unhook(struct kvmi_vm *vm, void *context)
 {
-	int saved = errno;
+	struct dom *dom = context;
+
+	(void)vm;
+	dom_lock(dom);
+	/* a tool that wants it finds it after what came before */
+	if (atomic_load(&dom->wants_unhook))
+		take_all(dom);
+	take_unhook(dom);
+	dom_unlock(dom);
+}
+
+static bool is_to_leave(struct dom *dom)
+{
 	bool leave;
 
 	dom_lock(dom);
-	take_all(dom);
 	leave = dom->unhook && !dom->leaving;
 	dom_unlock(dom);
-	if (leave)
+
+	return leave;
+}
+
+void dom_look(struct dom *dom)
+{
+	int saved = errno;
+
+	atomic_store(&dom->seen, now_ms());
+	dom_lock(dom);
+	take_all(dom);
+	dom_unlock(dom);
+	kvmi_vm_dispatch(dom->vm);
+	if (is_to_leave(dom))
 		dom_leave(dom);
 	errno = saved;
+}
+
+/*
+ * What is not UNHOOK stays where the tool's next call finds it, and makes
+ * kvmi_connection_fd() readable.
+ */
+bool dom_look_after(struct dom *dom)
+{
+	enum kvmi_status status = kvmi_vm_process(dom->vm, NULL);
+
+	kvmi_vm_dispatch(dom->vm);
+	if (is_to_leave(dom)) {
+		dom_leave(dom);
+		return false;
+	}
+
+	return status == KVMI_OK || status == KVMI_ERR_NOTHING;
 }
 
 static enum kvmi_status receive(struct dom *dom, int ms, struct kvmi_error *err)
@@ -373,7 +421,9 @@ static enum kvmi_status receive(struct dom *dom, int ms, struct kvmi_error *err)
 	struct kvmi_vm_event *event;
 	enum kvmi_status status;
 
+	atomic_store(&dom->seen, now_ms());
 	status = kvmi_vm_wait_event(dom->vm, ms, &event, err);
+	atomic_store(&dom->seen, now_ms());
 	if (status == KVMI_OK) {
 		dom_lock(dom);
 		take(dom, event);
@@ -483,7 +533,7 @@ static int reply(struct dom *dom, unsigned int seq, const void *data,
 	       data_size < sizeof(answer) ? data_size : sizeof(answer));
 
 	/* it has none */
-	if (answer.reply.event == KVMI_EVENT_UNHOOK && seq == dom->unhook_seq)
+	if (answer.reply.event == KVMI_EVENT_UNHOOK && dom->unhook_came)
 		return 0;
 	if (answer.vcpu.vcpu >= dom->vcpu_count)
 		return fails(ENOENT);
@@ -569,9 +619,8 @@ static void ask_all(struct dom *dom)
 }
 
 /* Until all that were asked have stopped, or (gone) until none will any more */
-static void wait_all(struct dom *dom, bool gone)
+static void wait_all(struct dom *dom, bool gone, int64_t end)
 {
-	int64_t end = now_ms() + LEAVE_MS;
 	enum kvmi_status status;
 	size_t i;
 
@@ -660,8 +709,17 @@ static void answer_all(struct dom *dom)
 	}
 }
 
+/* The next commands wait no longer than that, nor for ever */
+static void hurry(struct dom *dom, int64_t end)
+{
+	int64_t left = end - now_ms();
+
+	kvmi_vm_set_timeout(dom->vm, left > 100 ? left : 100, NULL);
+}
+
 void dom_leave(struct dom *dom)
 {
+	int64_t start = now_ms(), end = start + LEAVE_MS;
 	bool clean = true;
 	size_t count;
 
@@ -675,6 +733,7 @@ void dom_leave(struct dom *dom)
 
 	dom_lock(dom);
 	atomic_store(&dom->leaving, true);
+	take_all(dom);
 	drop_events(dom);
 	dom_unlock(dom);
 	/*
@@ -682,16 +741,20 @@ void dom_leave(struct dom *dom)
 	 * vCPUs have answered once more.
 	 */
 	if (dom->planted_count) {
+		hurry(dom, start + STOP_MS);
 		ask_all(dom);
-		wait_all(dom, false);
+		wait_all(dom, false, start + STOP_MS);
+		hurry(dom, end);
 		clean = restore(dom);
 	}
+	hurry(dom, end);
 	dom_lock(dom);
 	take_all(dom);
 	answer_all(dom);
 	dom_unlock(dom);
-	wait_all(dom, true);
+	wait_all(dom, true, end);
 
+	hurry(dom, end);
 	kvmi_vm_flush(dom->vm, NULL);
 	kvmi_vm_shutdown(dom->vm);
 	atomic_store(&dom->disconnected, true);

@@ -161,11 +161,8 @@ int kvmi_control_vm_events(void *context, int id, bool enable)
 	if (enable)
 		status = kvmi_vm_control_events(dom->vm, KVMI_EV_UNHOOK, true,
 						&err);
-	if (status == KVMI_OK) {
-		dom_lock(dom);
-		dom->wants_unhook = enable;
-		dom_unlock(dom);
-	}
+	if (status == KVMI_OK)
+		atomic_store(&dom->wants_unhook, enable);
 
 	return done(dom, status, &err);
 }
@@ -537,10 +534,7 @@ static enum kvmi_status write_memory(struct dom *dom, uint64_t gpa,
 		old = malloc(size);
 		if (!old || !make_room(dom, int3s)) {
 			free(old);
-			memset(err, 0, sizeof(*err));
-			err->sys_errno = ENOMEM;
-			strcpy(err->message, "out of memory");
-			return KVMI_ERR_SYSTEM;
+			return no_memory(err);
 		}
 		status = kvmi_vm_read_physical(dom->vm, gpa, old, size, err);
 		if (status != KVMI_OK) {

@@ -67,31 +67,41 @@ static void serve_hello(struct sim *sim)
 	atomic_store(&client->ended, true);
 }
 
-static struct client_sim *start(const char *path, void (*script)(struct sim *))
+/* path NULL: it is connected already */
+static struct client_sim *start(const char *path, int fd,
+				void (*script)(struct sim *))
 {
 	struct client_sim *client = g_new0(struct client_sim, 1);
 
 	pthread_mutex_init(&client->lock, NULL);
 	client->breakpoint_action = -1;
 	client->sim.script = script;
-	sim_connect(&client->sim, path);
+	if (path)
+		sim_connect(&client->sim, path);
+	else
+		sim_run(&client->sim, fd);
 
 	return client;
 }
 
 struct client_sim *client_sim_new(const char *path)
 {
-	return start(path, serve);
+	return start(path, -1, serve);
+}
+
+struct client_sim *client_sim_new_on(int fd)
+{
+	return start(NULL, fd, serve);
 }
 
 struct client_sim *client_sim_new_silent(const char *path)
 {
-	return start(path, serve_nothing);
+	return start(path, -1, serve_nothing);
 }
 
 struct client_sim *client_sim_new_mute(const char *path)
 {
-	return start(path, serve_hello);
+	return start(path, -1, serve_hello);
 }
 
 void client_sim_free(struct client_sim *client)

@@ -17,6 +17,8 @@ struct client_sim;
 
 /* Connects to a listener, as QEMU does, and serves commands */
 struct client_sim *client_sim_new(const char *path);
+/* The same, on a socket that is connected */
+struct client_sim *client_sim_new_on(int fd);
 /* The same, but says nothing; nothing after the handshake */
 struct client_sim *client_sim_new_silent(const char *path);
 struct client_sim *client_sim_new_mute(const char *path);

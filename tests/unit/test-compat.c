@@ -2,10 +2,12 @@
 /* The older library's functions against a simulated KVM */
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -14,6 +16,7 @@
 #include <glib.h>
 #include <glib/gstdio.h>
 
+#include <linux/vm_sockets.h>
 #include <libkvmi.h>
 
 #include "client-sim.h"
@@ -833,15 +836,23 @@ static void test_unhook_wanted(void)
 	struct client_sim *sim = client_sim_new(tool->path);
 	void *dom = wait_dom(tool);
 	struct kvmi_dom_event *event;
-	unsigned int count;
+	unsigned int count, i;
 
 	fails(kvmi_control_vm_events(dom, KVMI_EVENT_CR, true), EINVAL);
 	fails(kvmi_control_vm_events(dom, KVMI_EVENT_CREATE_VCPU, true),
 	      ENOENT);
 	ok(kvmi_control_vm_events(dom, KVMI_EVENT_UNHOOK, true));
 	ok(kvmi_write_physical(dom, 0x100, &int3, 1));
-	client_sim_unhook(sim);
+	/* once, however often it is sent, and if the tool does nothing for long */
+	for (i = 0; i < 20; i++)
+		client_sim_unhook(sim);
+	g_usleep(500000);
 	ok(kvmi_wait_event(dom, 5000));
+	for (i = 0; i < 5; i++) {
+		ok(kvmi_get_vcpu_count(dom, &count));
+		client_sim_unhook(sim);
+	}
+	g_assert_cmpint(kvmi_get_pending_events(dom), ==, 1);
 	ok(kvmi_pop_event(dom, &event));
 	g_assert_cmpint(event->event.common.event, ==, KVMI_EVENT_UNHOOK);
 	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0, 16));
@@ -939,6 +950,99 @@ static void test_mute(void)
 	tool_free(tool);
 }
 
+/* Other events are left to a tool that is away, and its poll() sees them */
+static void test_away_event(void)
+{
+	struct tool *tool = tool_new();
+	struct client_sim *sim = client_sim_new(tool->path);
+	void *dom = wait_dom(tool);
+	struct pollfd fd = { kvmi_connection_fd(dom), POLLIN, 0 };
+	struct kvmi_dom_event *event;
+
+	g_usleep(300000);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 0);
+	client_sim_event(sim, 7);
+	g_usleep(700000);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 1);
+	event = next(dom, KVMI_EVENT_CR);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 0);
+	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 5, 24));
+	free(event);
+
+	/* the end is noticed, too */
+	client_sim_hang_up(sim);
+	g_usleep(700000);
+	g_assert_cmpint(poll(&fd, 1, 0), ==, 1);
+	fails(kvmi_wait_event(dom, 1000), ENOTCONN);
+	kvmi_domain_close(dom, true);
+	kvmi_uninit(tool->ctx);
+	client_sim_free(sim);
+	tool_free(tool);
+}
+
+#ifndef __SANITIZE_ADDRESS__
+/* Too little memory is no reason to take the connection for lost */
+static void test_no_memory(void)
+{
+	const size_t size = 256 << 20;
+	struct tool *tool = tool_new();
+	struct client_sim *sim = client_sim_new(tool->path);
+	void *dom = wait_dom(tool);
+	uint8_t *data = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	g_autofree char *statm = NULL;
+	struct rlimit limit, less;
+	unsigned int count;
+
+	data[0] = 0xcc;
+	g_assert_true(g_file_get_contents("/proc/self/statm", &statm, NULL,
+					  NULL));
+	g_assert_cmpint(getrlimit(RLIMIT_AS, &limit), ==, 0);
+	less = limit;
+	less.rlim_cur = strtoull(statm, NULL, 10) * 4096 + size / 2;
+	g_assert_cmpint(setrlimit(RLIMIT_AS, &less), ==, 0);
+	fails(kvmi_write_physical(dom, 0, data, size), ENOMEM);
+	g_assert_cmpint(setrlimit(RLIMIT_AS, &limit), ==, 0);
+	g_assert_cmpint(atomic_load(&tool->complaints), ==, 1);
+	g_assert_true(kvmi_domain_is_connected(dom));
+	ok(kvmi_get_vcpu_count(dom, &count));
+	munmap(data, size);
+	kvmi_domain_close(dom, true);
+	kvmi_uninit(tool->ctx);
+	client_sim_free(sim);
+	tool_free(tool);
+}
+#endif
+
+static void test_vsock(void)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_LOCAL,
+	};
+	struct tool *tool = tool_new();
+	struct client_sim *sim;
+	unsigned int port;
+	void *ctx = NULL;
+	int fd;
+
+	for (port = 51010; !ctx && port < 51020; port++)
+		ctx = kvmi_init_vsock(port, on_guest, on_handshake, tool);
+	address.svm_port = port - 1;
+	fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (!ctx || connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		g_test_skip("vsock has no loopback here");
+		if (fd >= 0)
+			close(fd);
+	} else {
+		sim = client_sim_new_on(fd);
+		kvmi_domain_close(wait_dom(tool), true);
+		client_sim_free(sim);
+	}
+	kvmi_uninit(ctx);
+	kvmi_uninit(tool->ctx);
+	tool_free(tool);
+}
+
 #endif
 
 /* One thread sleeps in the library, others work; then all are told the end */
@@ -985,10 +1089,64 @@ static void test_threads(void)
 	tool_free(tool);
 }
 
+/* UNHOOK while the tool is busy elsewhere: the library's own thread leaves */
+static void test_away(void)
+{
+	static const uint8_t int3 = 0xcc;
+	struct tool *tool = tool_new();
+	unsigned int count, i;
+
+	for (i = 0; i < 4; i++) {
+		struct client_sim *sim = client_sim_new(tool->path);
+		void *dom = wait_dom(tool);
+
+		ok(kvmi_control_events(dom, 1, KVMI_EVENT_BREAKPOINT, true));
+		ok(kvmi_write_physical(dom, 0x5001, &int3, 1));
+		if (i % 2)
+			client_sim_event(sim, 5);
+		client_sim_unhook(sim);
+		client_sim_wait_end(sim);
+		g_assert_cmphex(client_sim_memory(sim)[0x5001], ==, 0);
+		if (i % 2)
+			g_assert_cmpint(client_sim_breakpoint_action(sim), ==,
+					KVMI_EVENT_ACTION_RETRY);
+		fails(kvmi_get_vcpu_count(dom, &count), ENOTCONN);
+		g_assert_false(kvmi_domain_is_connected(dom));
+		kvmi_domain_close(dom, true);
+		client_sim_free(sim);
+	}
+	kvmi_uninit(tool->ctx);
+	tool_free(tool);
+}
+
+/* It is closed before, while, and after the library looks after it */
+static void test_away_close(void)
+{
+	struct tool *tool = tool_new();
+	unsigned int i;
+
+	for (i = 0; i < 12; i++) {
+		struct client_sim *sim = client_sim_new(tool->path);
+		void *dom = wait_dom(tool);
+
+		ok(kvmi_control_events(dom, 1, KVMI_EVENT_BREAKPOINT, true));
+		if (i % 3)
+			client_sim_unhook(sim);
+		g_usleep(150000 + 20000 * i);
+		if (i == 11)
+			kvmi_uninit(tool->ctx);
+		kvmi_domain_close(dom, i % 2);
+		client_sim_free(sim);
+	}
+	tool_free(tool);
+}
+
 int main(int argc, char **argv)
 {
 	g_test_init(&argc, &argv, NULL);
 	g_test_add_func("/compat/threads", test_threads);
+	g_test_add_func("/compat/away", test_away);
+	g_test_add_func("/compat/away-close", test_away_close);
 #ifndef __SANITIZE_THREAD__
 	/* the others look into the simulated peer, and that from outside */
 	g_test_add_func("/compat/connect", test_connect);
@@ -1002,6 +1160,11 @@ int main(int argc, char **argv)
 	g_test_add_func("/compat/unhook-nowhere", test_unhook_nowhere);
 	g_test_add_func("/compat/log", test_log);
 	g_test_add_func("/compat/mute", test_mute);
+	g_test_add_func("/compat/away-event", test_away_event);
+#ifndef __SANITIZE_ADDRESS__
+	g_test_add_func("/compat/no-memory", test_no_memory);
+#endif
+	g_test_add_func("/compat/vsock", test_vsock);
 #endif
 
 	return g_test_run();

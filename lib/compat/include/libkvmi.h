@@ -23,9 +23,15 @@
  *    does not see it.  The library takes out the INT3s that the tool wrote and
  *    has not replaced, answers the events that are open, and ends the
  *    connection: the tool's calls fail with ENOTCONN, the next connection comes
- *    when the VM runs again.  This is done within any call the tool makes, so
- *    it should make one (kvmi_wait_event(), best) every second or so; one that
- *    doesn't is cut off by QEMU, and KVM removes its INT3s.
+ *    when the VM runs again.  This is done within any call the tool makes, or
+ *    by the thread of the ctx when the tool has called nothing for 200 ms: then
+ *    kvmi_set_log_cb()'s function is called by that thread.  It cannot do so
+ *    while a callback keeps it, nor after kvmi_uninit(): a tool that has called
+ *    that, and then calls nothing for seconds, is cut off by QEMU, and KVM
+ *    removes its INT3s.
+ *  - linux/kvmi.h has what tools use: not the structures of the older wire that
+ *    only the library needed (kvmi_control_*, kvmi_get_registers_reply,
+ *    kvmi_mem_token and the like), nor the ioctls of mapped memory.
  *  - Views, VE, SPP, page conversion, CPUID events and mapped memory do not
  *    exist: these functions say so (ENOSYS, EOPNOTSUPP, MAP_FAILED) at once.
  *  - An event is answered once: a second answer gives ENOENT.
@@ -40,6 +46,8 @@
  * One thread is made for each ctx; it calls both callbacks.  Any function can
  * be called by any thread, except that a dom, ctx or batch must not be in use
  * when it is closed, and that kvmi_uninit() must not be called by a callback.
+ * kvmi_domain_close() and kvmi_uninit() wait for that thread, seconds at most, if
+ * it is just leaving a VM.
  */
 #ifndef __LIBKVMI_H_INCLUDED__
 #define __LIBKVMI_H_INCLUDED__

@@ -50,7 +50,7 @@
  * of threads at once, on the same handle, too, with these exceptions:
  *  - kvmi_vm_connect() comes before all else (but kvmi_vm_shutdown()), and
  *    what kvmi_vm_get_hello() and kvmi_vm_get_version() point to is written by
- *    it;
+ *    it (the former by kvmi_vm_wait_hello(), too);
  *  - xxx_free(), xxx_close(): nobody may be using the handle any more.  To get
  *    others out of it, call kvmi_vm_shutdown() and wait for them.
  *  - an event, and any other structure that belongs to the caller, is the
