@@ -6,12 +6,11 @@
  *
  *	test-fuzz-hooks [ROUNDS [FIRST]]
  */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <kvmi/hooks.h>
 
+#include "chance.h"
 #include "sim.h"
 
 #define ROUNDS 300
@@ -24,8 +23,6 @@ static const uint8_t code[] = {
 	0xe8, 0xf0, 0xff, 0xff, 0xff, 0x0f, 0x01, 0xf9, 0x5d, 0xc3, 0xeb, 0xe8,
 };
 
-static unsigned long round_number;
-
 struct peer {
 	struct sim sim;		/* first */
 	uint64_t state;		/* of chance */
@@ -34,39 +31,15 @@ struct peer {
 	unsigned int due[VCPUS];	/* PAUSE events */
 };
 
-static unsigned int any(uint64_t *state, unsigned int limit)
-{
-	*state ^= *state << 13;
-	*state ^= *state >> 7;
-	*state ^= *state << 17;
-
-	return (*state >> 33) % limit;
-}
-
-/* Of the address sanitizer; and what check() calls */
-void __asan_on_error(void);
-void __asan_on_error(void)
-{
-	fprintf(stderr, "in round %lu\n", round_number);
-}
-
-#define check(condition) do { \
-		if (!(condition)) { \
-			fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-			__asan_on_error(); \
-			abort(); \
-		} \
-	} while (0)
-
 static void send_event(struct peer *peer, unsigned int vcpu, unsigned int id)
 {
 	uint8_t data[24] = { 0 };
 	struct kvmi_vcpu_event_breakpoint hit = { .insn_len = 1 };
 	struct kvmi_vcpu_event_pf pf = {
-		.gpa = 0x1000 * any(&peer->state, 12), .access = 2,
-		.flags = any(&peer->state, 2) ? KVMI_PF_NOT_EMULATED : 0,
+		.gpa = 0x1000 * chance(&peer->state, 12), .access = 2,
+		.flags = chance(&peer->state, 2) ? KVMI_PF_NOT_EMULATED : 0,
 	};
-	unsigned int at = any(&peer->state, sizeof(code)), i;
+	unsigned int at = chance(&peer->state, sizeof(code)), i;
 	size_t size = 0;
 
 	/* where it can be, most of the time */
@@ -74,7 +47,7 @@ static void send_event(struct peer *peer, unsigned int vcpu, unsigned int id)
 		if (peer->sim.memory[CODE_GPA + at] != 0xcc)
 			at = (at + 1) % sizeof(code);
 	if (id == KVMI_VCPU_EVENT_BREAKPOINT) {
-		hit.gpa = any(&peer->state, 10) ? CODE_GPA + at : UINT64_MAX;
+		hit.gpa = chance(&peer->state, 10) ? CODE_GPA + at : UINT64_MAX;
 		if (vcpu < SIM_VCPUS)
 			peer->sim.regs[vcpu].rip = CODE_GVA + at;
 		size = sizeof(hit);
@@ -98,13 +71,13 @@ static void some_event(struct peer *peer)
 		KVMI_VCPU_EVENT_SINGLESTEP, KVMI_VCPU_EVENT_PAUSE,
 		KVMI_VCPU_EVENT_HYPERCALL,
 	};
-	unsigned int vcpu = any(&peer->state, VCPUS);
+	unsigned int vcpu = chance(&peer->state, VCPUS);
 
-	if (!peer->honest && !any(&peer->state, 20))
-		vcpu = 100 + any(&peer->state, 200);
+	if (!peer->honest && !chance(&peer->state, 20))
+		vcpu = 100 + chance(&peer->state, 200);
 	if (vcpu >= VCPUS || !peer->open[vcpu] ||
-	    (!peer->honest && !any(&peer->state, 50)))
-		send_event(peer, vcpu, ids[any(&peer->state,
+	    (!peer->honest && !chance(&peer->state, 50)))
+		send_event(peer, vcpu, ids[chance(&peer->state,
 					       G_N_ELEMENTS(ids))]);
 }
 
@@ -115,7 +88,7 @@ static void pause_vcpu(struct peer *peer)
 
 	if (vcpu >= VCPUS || peer->open[vcpu])
 		peer->due[vcpu % VCPUS]++;
-	else if (peer->honest || any(&peer->state, 10))
+	else if (peer->honest || chance(&peer->state, 10))
 		send_event(peer, vcpu, KVMI_VCPU_EVENT_PAUSE);
 	sim_answer(sim, sim->last.id, sim->last.seq, 0, NULL, 0);
 }
@@ -135,12 +108,12 @@ static void answered(struct peer *peer)
 		peer->due[vcpu]--;
 		send_event(peer, vcpu, KVMI_VCPU_EVENT_PAUSE);
 	} else if (vcpu < SIM_VCPUS && sim->stepping[vcpu]) {
-		send_event(peer, vcpu, any(&peer->state, 4) ?
+		send_event(peer, vcpu, chance(&peer->state, 4) ?
 				       KVMI_VCPU_EVENT_SINGLESTEP :
 				       KVMI_VCPU_EVENT_PF);
 	} else if (reply.event == KVMI_VCPU_EVENT_BREAKPOINT &&
-		   any(&peer->state, 3)) {
-		send_event(peer, vcpu, any(&peer->state, 4) ?
+		   chance(&peer->state, 3)) {
+		send_event(peer, vcpu, chance(&peer->state, 4) ?
 				       KVMI_VCPU_EVENT_BREAKPOINT :
 				       KVMI_VCPU_EVENT_PF);
 	}
@@ -155,19 +128,19 @@ static void serve(struct sim *sim)
 	if (!sim_handshake(sim))
 		return;
 	while (sim_receive(sim)) {
-		if (!any(&peer->state, 3))
+		if (!chance(&peer->state, 3))
 			some_event(peer);
-		if (!any(&peer->state, 200))
+		if (!chance(&peer->state, 200))
 			sim_unhook(sim);
-		if (!peer->honest && !any(&peer->state, 500))
+		if (!peer->honest && !chance(&peer->state, 500))
 			return;
 		if (sim->last.id == KVMI_VCPU_EVENT)
 			answered(peer);
-		else if (!peer->honest && !any(&peer->state, 100))
+		else if (!peer->honest && !chance(&peer->state, 100))
 			;	/* no answer */
-		else if (!peer->honest && !any(&peer->state, 15))
+		else if (!peer->honest && !chance(&peer->state, 15))
 			sim_answer(sim, sim->last.id, sim->last.seq,
-				   -errors[any(&peer->state,
+				   -errors[chance(&peer->state,
 					       G_N_ELEMENTS(errors))], NULL, 0);
 		else if (sim->last.id == KVMI_VM_PAUSE_VCPU)
 			pause_vcpu(peer);
@@ -202,7 +175,7 @@ static enum kvmi_action on_page(const struct kvmi_vm_event *event,
 	check(event->id == KVMI_EV_PF);
 	tool->pages++;
 
-	return any(&tool->state, 4) ? KVMI_ACTION_CONTINUE : KVMI_ACTION_RETRY;
+	return chance(&tool->state, 4) ? KVMI_ACTION_CONTINUE : KVMI_ACTION_RETRY;
 }
 
 static void on_event(struct kvmi_vm_event *event, void *context)
@@ -216,17 +189,17 @@ static void on_event(struct kvmi_vm_event *event, void *context)
 static void one_thing(struct tool *tool, struct kvmi_hooks *hooks,
 		      struct kvmi_hook **list, unsigned int *count)
 {
-	unsigned int at = any(&tool->state, sizeof(code)), i;
+	unsigned int at = chance(&tool->state, sizeof(code)), i;
 	struct kvmi_hook *hook;
 
-	switch (any(&tool->state, 8)) {
+	switch (chance(&tool->state, 8)) {
 	case 0:
 		if (kvmi_hooks_add(hooks, CODE_GVA + at, CODE_GPA + at, tool,
 				   &hook, NULL) == KVMI_OK)
 			list[(*count)++] = hook;
 		break;
 	case 1:
-		i = any(&tool->state, *count + 1);
+		i = chance(&tool->state, *count + 1);
 		if (i < *count && kvmi_hooks_remove(hooks, list[i], NULL) ==
 				  KVMI_OK)
 			list[i] = list[--*count];
@@ -235,8 +208,8 @@ static void one_thing(struct tool *tool, struct kvmi_hooks *hooks,
 		kvmi_hooks_plant(hooks, NULL, NULL);
 		break;
 	case 3:
-		kvmi_hooks_restrict(hooks, 0x1000 * any(&tool->state, 12),
-				    any(&tool->state, 8), NULL);
+		kvmi_hooks_restrict(hooks, 0x1000 * chance(&tool->state, 12),
+				    chance(&tool->state, 8), NULL);
 		break;
 	case 4:
 		kvmi_hooks_look_for_vcpus(hooks, NULL);
@@ -264,8 +237,7 @@ static void play(void)
 	};
 	struct peer *peer = g_new0(struct peer, 1);
 	struct tool tool = {
-		.state = 88172645463325252ULL ^
-			 round_number * 0x9e3779b97f4a7c15,
+		.state = chance_of_round(),
 	};
 	struct kvmi_hook *list[sizeof(code)];
 	struct kvmi_hooks_result result;
@@ -273,13 +245,13 @@ static void play(void)
 	struct kvmi_hooks *hooks;
 	enum kvmi_status status;
 
-	any(&tool.state, 2);
+	chance(&tool.state, 2);
 	peer->state = tool.state ^ 0x5555;
 	peer->honest = round_number % 2;
 	for (i = 0; i < G_N_ELEMENTS(tables); i++)
 		memcpy(peer->sim.memory + tables[i].at, &tables[i].entry, 4);
 	memcpy(peer->sim.memory + CODE_GPA, code, sizeof(code));
-	if (!any(&tool.state, 3))
+	if (!chance(&tool.state, 3))
 		callbacks.event = NULL;
 	hooks = kvmi_hooks_new(&callbacks, &tool, NULL);
 	sim_start(&peer->sim, serve);

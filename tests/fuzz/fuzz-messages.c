@@ -13,8 +13,6 @@
  */
 
 #include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -22,33 +20,20 @@
 #include <kvmi/kvmi.h>
 #include <linux/kvmi.h>
 
+#include "chance.h"
+
 #define ROUNDS 4000
 #define MAX (128 * 1024)
 
 static uint64_t state;
 static const uint8_t *input;
 static size_t input_left;
-static unsigned long round_number, connected, finished, protocol;
+static unsigned long connected, finished, protocol;
 static uint32_t seq, events;	/* the next numbers */
 static uint8_t stream[MAX];
 static size_t length;
 
-/* Of the address sanitizer; and what check() calls */
-void __asan_on_error(void);
-void __asan_on_error(void)
-{
-	fprintf(stderr, "in round %lu\n", round_number);
-}
-
-#define check(condition) do { \
-		if (!(condition)) { \
-			fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-			__asan_on_error(); \
-			abort(); \
-		} \
-	} while (0)
-
-/* Of the input if there is some left, else xorshift* */
+/* Of the input if there is some left */
 static uint32_t any(uint32_t below)
 {
 	size_t size = below <= 256 ? 1 : below <= 65536 ? 2 : 4;
@@ -61,11 +46,7 @@ static uint32_t any(uint32_t below)
 		return value % below;
 	}
 
-	state ^= state >> 12;
-	state ^= state << 25;
-	state ^= state >> 27;
-
-	return (state * 2685821657736338717ULL >> 32) % below;
+	return chance(&state, below);
 }
 
 static void put(const void *data, size_t size)
@@ -323,7 +304,7 @@ static void play(void)
 static void start_round(unsigned long number)
 {
 	round_number = number;
-	state = 88172645463325252ULL ^ number * 0x9e3779b97f4a7c15;
+	state = chance_of_round();
 }
 
 #ifdef KVMI_LIBFUZZER
