@@ -7,17 +7,14 @@
  * saw in lines "client: ...", ends with status 0 if all was well.  ADDRESS is
  * where a function of the guest's kernel lies in its physical memory.
  */
-#include <errno.h>
 #include <pthread.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#include <libkvmi.h>
+#define NAME "client"
+#include "older.h"
 
 #define HITS 50
 #define VCPUS_MAX 8
@@ -34,31 +31,6 @@ static unsigned int vcpus;
 static unsigned long long addresses[8];
 static unsigned int address_count;
 
-static void tell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static void tell(const char *format, ...)
-{
-	va_list args;
-
-	printf("client: ");
-	va_start(args, format);
-	vprintf(format, args);
-	va_end(args);
-	printf("\n");
-	fflush(stdout);
-}
-
-#define check(condition) do { \
-		if (!(condition)) { \
-			tell("line %d: %s (errno %d: %s)", __LINE__, \
-			     #condition, errno, strerror(errno)); \
-			exit(1); \
-		} \
-	} while (0)
-#define ok(call) do { \
-		errno = 0; \
-		check((call) == 0); \
-	} while (0)
-
 static double now(void)
 {
 	struct timespec time;
@@ -66,12 +38,6 @@ static double now(void)
 	clock_gettime(CLOCK_MONOTONIC, &time);
 
 	return time.tv_sec + time.tv_nsec / 1e9;
-}
-
-static void on_log(kvmi_log_level level, const char *text, void *context)
-{
-	(void)context;
-	tell("the library says (%d): %s", level, text);
 }
 
 static int on_handshake(const struct kvmi_qemu2introspector *question,
@@ -142,32 +108,12 @@ static struct kvmi_dom_event *next(void *dom, double seconds)
 }
 
 /* Answers as the older tools do, with all the bytes they had; frees the event */
-static int answer(void *dom, struct kvmi_dom_event *event, int action,
-		  unsigned long long value)
+static int answer(void *dom, struct kvmi_dom_event *event, int action)
 {
-	struct {
-		struct kvmi_vcpu_hdr vcpu;
-		struct kvmi_event_reply reply;
-		union {
-			struct kvmi_event_cr_reply cr;
-			struct kvmi_event_pf_reply pf;
-		};
-	} data;
-	unsigned int kind = event->event.common.event;
-	size_t size = 16;
-	int ret;
+	struct answer data;
+	size_t size = make_answer(&data, event, action);
+	int ret = kvmi_reply_event(dom, event->seq, &data, size);
 
-	memset(&data, 0, sizeof(data));
-	data.vcpu.vcpu = event->event.common.vcpu;
-	data.reply.action = action;
-	data.reply.event = kind;
-	if (kind == KVMI_EVENT_CR || kind == KVMI_EVENT_MSR) {
-		data.cr.new_val = value;
-		size = 24;
-	} else if (kind == KVMI_EVENT_PF) {
-		size = 288;
-	}
-	ret = kvmi_reply_event(dom, event->seq, &data, size);
 	free(event);
 
 	return ret;
@@ -175,13 +121,7 @@ static int answer(void *dom, struct kvmi_dom_event *event, int action,
 
 static void let_go(void *dom, struct kvmi_dom_event *event)
 {
-	unsigned long long value = 0;
-
-	if (event->event.common.event == KVMI_EVENT_CR)
-		value = event->event.cr.new_value;
-	else if (event->event.common.event == KVMI_EVENT_MSR)
-		value = event->event.msr.new_value;
-	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, value));
+	ok(answer(dom, event, KVMI_EVENT_ACTION_CONTINUE));
 }
 
 static void control(void *dom, int event, bool enable)
@@ -359,7 +299,7 @@ static unsigned int breakpoints(void *dom, unsigned int count)
 			if (kvmi_write_physical(dom, addresses[i], &original[i],
 						1) ||
 			    kvmi_control_singlestep(dom, vcpu, true) ||
-			    answer(dom, event, KVMI_EVENT_ACTION_RETRY, 0)) {
+			    answer(dom, event, KVMI_EVENT_ACTION_RETRY)) {
 				check(errno == ENOTCONN && !count);
 				return hits;
 			}
@@ -367,7 +307,7 @@ static unsigned int breakpoints(void *dom, unsigned int count)
 		case KVMI_EVENT_SINGLESTEP:
 			if (kvmi_write_physical(dom, stepped[vcpu], &int3, 1) ||
 			    kvmi_control_singlestep(dom, vcpu, false) ||
-			    answer(dom, event, KVMI_EVENT_ACTION_CONTINUE, 0)) {
+			    answer(dom, event, KVMI_EVENT_ACTION_CONTINUE)) {
 				check(errno == ENOTCONN && !count);
 				return hits;
 			}
@@ -393,8 +333,7 @@ static unsigned int breakpoints(void *dom, unsigned int count)
 						   false));
 		ok(answer(dom, event, event->event.common.event ==
 			  KVMI_EVENT_BREAKPOINT ? KVMI_EVENT_ACTION_RETRY :
-						  KVMI_EVENT_ACTION_CONTINUE,
-			  0));
+						  KVMI_EVENT_ACTION_CONTINUE));
 	}
 	control(dom, KVMI_EVENT_BREAKPOINT, false);
 
@@ -592,6 +531,34 @@ static void test_unhook(void *dom)
 	kvmi_domain_close(dom, true);
 }
 
+static void wake_up(int unused)
+{
+	(void)unused;
+}
+
+/*
+ * The VM is paused while the tool has breakpoints in it and is busy with something
+ * else, until SIGUSR1 says that it may go on.
+ */
+static void test_idle(void *dom)
+{
+	static const unsigned char int3 = 0xcc;
+	unsigned int i, count;
+	double start = now();
+
+	signal(SIGUSR1, wake_up);
+	control(dom, KVMI_EVENT_BREAKPOINT, true);
+	for (i = 0; i < address_count; i++)
+		ok(kvmi_write_physical(dom, addresses[i], &int3, 1));
+	tell("busy");
+	sleep(60);
+	tell("%.1f s later", now() - start);
+	check(kvmi_get_vcpu_count(dom, &count) == -1 && errno == ENOTCONN);
+	check(kvmi_wait_event(dom, 0) == -1 && errno == ENOTCONN);
+	check(!kvmi_domain_is_connected(dom));
+	tell("the connection has ended");
+}
+
 /* Ends with breakpoints in the guest, in every order */
 static void test_close(void *dom, const char *socket)
 {
@@ -675,6 +642,7 @@ int main(int argc, char **argv)
 			{ "step", test_step },
 			{ "batch", test_batch },
 			{ "inject", test_inject },
+			{ "idle", test_idle },
 		};
 		size_t j;
 

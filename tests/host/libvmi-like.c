@@ -13,15 +13,12 @@
  */
 #include <dirent.h>
 #include <dlfcn.h>
-#include <errno.h>
 #include <pthread.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
+#include <unistd.h>
 
-#include <libkvmi.h>
+#define NAME "libvmi"
+#include "older.h"
 
 #define VCPUS_MAX 8
 #define HITS 60
@@ -67,31 +64,6 @@ static bool planted;
 static unsigned int hits, steps, crs, msrs, faults;
 static unsigned long long stepped[VCPUS_MAX];
 
-static void tell(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static void tell(const char *format, ...)
-{
-	va_list args;
-
-	printf("libvmi: ");
-	va_start(args, format);
-	vprintf(format, args);
-	va_end(args);
-	printf("\n");
-	fflush(stdout);
-}
-
-#define check(condition) do { \
-		if (!(condition)) { \
-			tell("line %d: %s (errno %d: %s)", __LINE__, \
-			     #condition, errno, strerror(errno)); \
-			exit(1); \
-		} \
-	} while (0)
-#define ok(call) do { \
-		errno = 0; \
-		check((call) == 0); \
-	} while (0)
-
 /* ------------------------------------------------------------------------
  * To begin with
  */
@@ -106,12 +78,6 @@ static void load(void)
 	}
 #define LOOK_UP(name) check(lib.name = dlsym(lib.handle, "kvmi_" #name));
 	FUNCTIONS(LOOK_UP)
-}
-
-static void on_log(kvmi_log_level level, const char *text, void *unused)
-{
-	(void)unused;
-	tell("the library says (%d): %s", level, text);
 }
 
 static int on_guest(void *new, unsigned char (*uuid)[16], void *context)
@@ -192,33 +158,10 @@ static void connect_vm(void)
 
 static void reply(struct kvmi_dom_event *event, int action)
 {
-	struct {
-		struct kvmi_vcpu_hdr vcpu;
-		struct kvmi_event_reply common;
-		union {
-			struct kvmi_event_cr_reply cr;
-			struct kvmi_event_msr_reply msr;
-			struct kvmi_event_pf_reply pf;
-		};
-	} data = {
-		.vcpu.vcpu = event->event.common.vcpu,
-		.common = { .action = action, .event = event->event.common.event },
-	};
-	size_t size = 16;
+	struct answer data;
+	size_t size = make_answer(&data, event, action);
 
-	switch (event->event.common.event) {
-	case KVMI_EVENT_CR:
-		data.cr.new_val = event->event.cr.new_value;
-		size += sizeof(data.cr);
-		break;
-	case KVMI_EVENT_MSR:
-		data.msr.new_val = event->event.msr.new_value;
-		size += sizeof(data.msr);
-		break;
-	case KVMI_EVENT_PF:
-		size += sizeof(data.pf);
-		check(size == 288);
-	}
+	check(event->event.common.event != KVMI_EVENT_PF || size == 288);
 	ok(lib.reply_event(dom, event->seq, &data, size));
 	free(event);
 }

@@ -790,6 +790,14 @@ def tool_ps_and_modules(g):
     assert modules, told
     found = [(m["name"], m["size"], m["references"], m["state"], int(m["base"], 16)) for m in json_lines(kvmi("modules", "--json", *MAP)[0])]
     assert found == [(n, int(s), int(r), state.lower(), int(b, 16)) for n, s, r, state, b in modules], f"{found} instead of {modules}"
+    # the types alone: the symbols are read from its memory
+    s, (start, *_) = symbols(), g.text()
+    btf = DIR / "btf"
+    btf.write_bytes(g.dump(start + s["__start_BTF"] - s["_text"], start + s["__stop_BTF"] - s["_text"]))
+    pids = {p["pid"] for p in json_lines(kvmi("ps", "--json", "--btf", str(btf))[0])}
+    assert pids >= set(lasting), f"{set(lasting) - pids} are missing in {pids}"
+    again = [m["name"] for m in json_lines(kvmi("modules", "--json", "--btf", str(btf))[0])]
+    assert again == [m[0] for m in modules], again
     # types that are not there
     assert "neither vmlinux nor BTF" in kvmi("ps", *MAP, "--btf", "/dev/null", status=1)[1]
     g.wait_alive()
@@ -1092,9 +1100,9 @@ TOP = Path(__file__).resolve().parents[2]
 class Program:
     """A program with our libraries, in C or Python, and what it said so far."""
 
-    def __init__(self, *argv):
+    def __init__(self, *argv, stdin=subprocess.DEVNULL):
         env = dict(os.environ, LD_LIBRARY_PATH=f"{BUILD}/lib/compat:{BUILD}/lib", PYTHONPATH=str(TOP / "lib/python"))
-        self.process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        self.process = subprocess.Popen([str(a) for a in argv], stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         env=env)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.text = ""
@@ -1208,6 +1216,24 @@ def client_unhook(g):
 
 
 @scenario()
+def client_idle(g):
+    """The same, but it is busy with something else: the library leaves without it."""
+    before = code(g)
+    with Client("idle", *places(g)) as c:
+        c.said("busy")
+        time.sleep(1)           # and hits that it does not look at
+        data, _ = stop(g)
+        expect("clean", data)
+        assert data["duration"] < 4500000, f"clean, but not promptly: {data}"
+        same_memory(before, code(g), "paused, with a tool of the older library's that is busy")
+        c.process.send_signal(signal.SIGUSR1)
+        c.said("the connection has ended")
+        c.finish()
+    cont(g)
+    same_memory(before, code(g), "after a tool of the older library's that was busy")
+
+
+@scenario()
 def client_libvmi(g):
     """The older library as LibVMI uses it: memory, breakpoints, CR3, MSRs, pages, and unloaded while the guest runs on."""
     before = code(g)
@@ -1244,6 +1270,30 @@ def client_example(g):
         p.finish()
     assert p.text.count("CR3 0x") == 10, p.text
     g.wait_alive()
+
+
+@scenario()
+def client_c_breakpoints(g):
+    """Breakpoints in C: hit on both vCPUs, out before the VM is paused, back when it runs, out after Enter."""
+    before = code(g)
+    base = g.text()[2]
+    addresses = [f"{base + o:x}" for o in breakpoint_offsets(g, HOT)]
+    with Program(BUILD / "examples/breakpoints", SOCKET, *addresses, stdin=subprocess.PIPE) as p:
+        for address in addresses:
+            for vcpu in range(2):
+                p.said(f"vCPU {vcpu}: 0x{address}(0x", 60)
+        data, _ = stop(g)
+        expect("clean", data)
+        same_memory(before, code(g), "paused, with breakpoints from C")
+        seen = len(p.read())
+        cont(g)
+        wait_until(lambda: f": 0x{addresses[0]}(" in p.read()[seen:], 60, "hits after the stop")
+        p.process.stdin.write(b"\n")
+        p.process.stdin.flush()
+        p.finish()
+        assert "breakpoints:" not in p.text, p.text
+    g.wait_alive()
+    same_memory(before, code(g), "after Enter")
 
 
 @scenario()
