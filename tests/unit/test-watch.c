@@ -2,7 +2,8 @@
 /*
  * The program `kvmi watch' against a simulated VM: its vCPUs run a small
  * program, instruction by instruction, and say so if they find anything but
- * that program (or a breakpoint event that is answered properly).
+ * that program (or a breakpoint event that is answered properly).  And other
+ * commands that want a VM.
  */
 
 #include <errno.h>
@@ -35,6 +36,10 @@
 #define STATE 0x2000
 #define ENTRY 0x3000
 #define FUNCTION 0x4000
+#define TEXT_END 0x100000
+#define RODATA 0x120000
+#define CONSTANT 0x120800
+#define RODATA_END 0x130000
 
 static const char *tool;
 
@@ -71,6 +76,8 @@ struct fake_vcpu {
 	struct kvm_regs regs;
 	bool events;		/* BREAKPOINT */
 	bool cr_events, cr3, pf_events;
+	bool touches;		/* it is to touch a page, in this way */
+	struct kvmi_vcpu_event_pf touch;
 	unsigned int pauses;
 	uint32_t waiting;	/* event number, 0: none */
 	int action;		/* of its answer, -1: not yet */
@@ -88,6 +95,7 @@ struct fake {
 	bool ending;
 	bool subscribed;	/* UNHOOK */
 	bool read_only;		/* the page of the stacks */
+	uint8_t taken[RODATA_END / 4096];	/* from the kernel's pages */
 };
 
 static void put64(struct fake *fake, uint64_t gpa, uint64_t value)
@@ -166,6 +174,8 @@ static int event(struct fake_vcpu *v, unsigned int id)
 		      id == KVMI_VCPU_EVENT_PF ? sizeof(pf) :
 		      id == KVMI_VCPU_EVENT_BREAKPOINT ? sizeof(breakpoint) : 0;
 
+	if (id == KVMI_VCPU_EVENT_PF && v->touches)
+		pf = v->touch;
 	fake->sim->regs[v->number] = v->regs;
 	v->action = -1;
 	v->has_new = false;
@@ -257,6 +267,15 @@ static void *run_vcpu(void *context)
 			action = event(v, KVMI_VCPU_EVENT_PAUSE);
 			g_assert_cmpint(action, !=, KVMI_EVENT_ACTION_RETRY);
 			continue;
+		}
+		if (v->touches && v->pf_events) {
+			/* what KVM cannot do for the guest frees the page */
+			if (v->touch.flags & KVMI_PF_NOT_EMULATED)
+				fake->taken[(v->touch.gpa - KERNEL_GPA) / 4096] = 0;
+			g_assert_cmpint(event(v, KVMI_VCPU_EVENT_PF), ==,
+					KVMI_EVENT_ACTION_CONTINUE);
+			v->touches = false;
+			g_cond_broadcast(&fake->changed);
 		}
 		execute(v);
 		g_mutex_unlock(&fake->lock);
@@ -362,13 +381,24 @@ static void serve(struct fake *fake)
 		v->cr3 = body[9];
 		break;
 	case KVMI_VM_SET_PAGE_ACCESS: {
+		struct kvmi_vm_set_page_access request;
 		struct kvmi_page_access_entry entry;
+		unsigned int i;
 
-		g_assert_cmpint(body[0], ==, 1);
-		memcpy(&entry, body + sizeof(struct kvmi_vm_set_page_access),
-		       sizeof(entry));
-		g_assert_cmphex(entry.gpa, ==, STACK_GPA);
-		fake->read_only = !(entry.access & KVMI_PAGE_ACCESS_W);
+		memcpy(&request, body, sizeof(request));
+		for (i = 0; i < request.count; i++) {
+			memcpy(&entry, body + sizeof(request) +
+			       i * sizeof(entry), sizeof(entry));
+			if (entry.gpa == STACK_GPA) {
+				fake->read_only = !(entry.access &
+						    KVMI_PAGE_ACCESS_W);
+				continue;
+			}
+			g_assert_cmphex(entry.gpa, >=, KERNEL_GPA);
+			g_assert_cmphex(entry.gpa, <, KERNEL_GPA + RODATA_END);
+			fake->taken[(entry.gpa - KERNEL_GPA) / 4096] =
+				7 & ~entry.access;
+		}
 		break;
 	}
 	case KVMI_VM_CONTROL_EVENTS:
@@ -411,6 +441,8 @@ static void serve_connection(struct sim *sim)
 	}
 	/* KVM would free it, but the tool has to do so while the guest runs */
 	g_assert_false(fake->read_only);
+	for (i = 0; i < G_N_ELEMENTS(fake->taken); i++)
+		g_assert_cmpint(fake->taken[i], ==, 0);
 	g_cond_broadcast(&fake->changed);
 	fake->sim = NULL;
 	g_mutex_unlock(&fake->lock);
@@ -454,6 +486,7 @@ struct run {
 	char *folder, *socket, *map;
 	GPid pid;
 	GIOChannel *output;
+	char *line;		/* of the last expect() */
 };
 
 static void make_map(const char *path)
@@ -463,10 +496,14 @@ static void make_map(const char *path)
 
 	g_string_append_printf(text, "%llx T _stext\n%llx D linux_banner\n"
 			       "%llx D system_state\n%llx T entry_SYSCALL_64\n"
-			       "%llx t function\n%llx T _etext\n",
+			       "%llx t function\n%llx T _etext\n"
+			       "%llx R __start_rodata\n%llx r constant\n"
+			       "%llx R __end_rodata\n%llx B _end\n",
 			       LINKED, LINKED + BANNER, LINKED + STATE,
 			       LINKED + ENTRY, LINKED + FUNCTION,
-			       LINKED + 0x100000);
+			       LINKED + TEXT_END, LINKED + RODATA,
+			       LINKED + CONSTANT, LINKED + RODATA_END,
+			       LINKED + 0x140000);
 	for (i = 0; i < 1000; i++)
 		g_string_append_printf(text, "%llx t filler_%u\n",
 				       LINKED + 0x10000 + 16 * i, i);
@@ -531,15 +568,14 @@ static unsigned int expect(struct run *run, const char *event)
 	bool found = false;
 
 	while (!found) {
-		g_autofree char *line = NULL;
-
-		g_assert_cmpint(g_io_channel_read_line(run->output, &line, NULL,
-						       NULL, NULL), ==,
+		g_clear_pointer(&run->line, g_free);
+		g_assert_cmpint(g_io_channel_read_line(run->output, &run->line,
+						       NULL, NULL, NULL), ==,
 				G_IO_STATUS_NORMAL);
-		hits += strstr(line, "\"event\":\"hit\"") != NULL;
-		if (strstr(line, "\"event\":\"problem\""))
-			g_test_message("%s", line);
-		found = strstr(line, wanted);
+		hits += strstr(run->line, "\"event\":\"hit\"") != NULL;
+		if (strstr(run->line, "\"event\":\"problem\""))
+			g_test_message("%s", run->line);
+		found = strstr(run->line, wanted);
 	}
 
 	return hits;
@@ -586,6 +622,7 @@ static void finish(struct run *run, int status)
 
 	g_unlink(run->map);
 	g_assert_cmpint(g_rmdir(run->folder), ==, 0);	/* no socket is left */
+	g_free(run->line);
 	g_free(run->folder);
 	g_free(run->socket);
 	g_free(run->map);
@@ -712,6 +749,93 @@ static void test_events_alone(void)
 	events(none);
 }
 
+static void touch(struct run *run, uint64_t gva, uint64_t gpa,
+		  unsigned int access, unsigned int flags)
+{
+	struct fake_vcpu *v = &run->fake->vcpu[1];
+
+	g_mutex_lock(&run->fake->lock);
+	v->touch = (struct kvmi_vcpu_event_pf){
+		.gva = gva, .gpa = gpa, .access = access, .flags = flags,
+	};
+	v->touches = true;
+	while (v->touches)
+		g_cond_wait(&run->fake->changed, &run->fake->lock);
+	g_mutex_unlock(&run->fake->lock);
+}
+
+static unsigned int taken(struct run *run, unsigned int page)
+{
+	unsigned int value;
+
+	g_mutex_lock(&run->fake->lock);
+	value = run->fake->taken[page];
+	g_mutex_unlock(&run->fake->lock);
+
+	return value;
+}
+
+/* Who writes to code or constants, or executes the latter, is told of */
+static void test_protect(void)
+{
+	static const char *const none[] = { NULL };
+	const struct {
+		uint64_t gva, offset;
+		unsigned int access;
+		const char *said;
+	} cases[] = {
+		{ KERNEL + CONSTANT, CONSTANT, KVMI_PAGE_ACCESS_W,
+		  "\"access\":\"write\",\"area\":\"rodata\",\"address\":\"0xffffffff81720800\",\"symbol\":\"constant\"" },
+		{ KERNEL + CONSTANT + 9, CONSTANT + 9, KVMI_PAGE_ACCESS_X,
+		  "\"access\":\"execute\",\"area\":\"rodata\",\"address\":\"0xffffffff81720809\",\"symbol\":\"constant+0x9\"" },
+		{ KERNEL + FUNCTION + 4, FUNCTION + 4, KVMI_PAGE_ACCESS_W,
+		  "\"access\":\"write\",\"area\":\"text\",\"address\":\"0xffffffff81604004\",\"symbol\":\"function+0x4\"" },
+		/* by another mapping of the same memory */
+		{ 0xffff888000204000, FUNCTION, KVMI_PAGE_ACCESS_W,
+		  "\"access\":\"write\",\"area\":\"text\",\"address\":\"0xffffffff81604000\",\"symbol\":\"function\"" },
+	};
+	struct run run = { .command = "protect" };
+	struct sim *sim;
+	size_t i;
+
+	start(&run, none, NULL);
+	expect(&run, "listening");
+	sim = connect_sim(&run);
+	expect(&run, "protected");
+	g_assert_nonnull(strstr(run.line, "\"text\":256,\"rodata\":16,"));
+	g_assert_cmpint(taken(&run, 0), ==, KVMI_PAGE_ACCESS_W);
+	g_assert_cmpint(taken(&run, TEXT_END / 4096 - 1), ==,
+			KVMI_PAGE_ACCESS_W);
+	g_assert_cmpint(taken(&run, TEXT_END / 4096), ==, 0);
+	g_assert_cmpint(taken(&run, RODATA / 4096), ==,
+			KVMI_PAGE_ACCESS_W | KVMI_PAGE_ACCESS_X);
+	for (i = 0; i < G_N_ELEMENTS(cases); i++) {
+		touch(&run, cases[i].gva, KERNEL_GPA + cases[i].offset,
+		      cases[i].access, 0);
+		expect(&run, "violation");
+		g_test_message("%s", run.line);
+		g_assert_nonnull(strstr(run.line, cases[i].said));
+		g_assert_nonnull(strstr(run.line, "\"vcpu\":1,"));
+		g_assert_nonnull(strstr(run.line, "\"by\":\"function"));
+	}
+
+	/* what KVM cannot emulate: the page is restricted again after a while */
+	touch(&run, KERNEL + CONSTANT, KERNEL_GPA + CONSTANT,
+	      KVMI_PAGE_ACCESS_W, KVMI_PF_NOT_EMULATED);
+	expect(&run, "violation");
+	for (i = 0; i < 5000 && !taken(&run, RODATA / 4096); i++)
+		g_usleep(1000);
+	g_assert_cmpint(taken(&run, RODATA / 4096), !=, 0);
+
+	unhook(&run);
+	expect(&run, "clean");
+	sim_stop(sim);
+	g_free(sim);
+	expect(&run, "closed");
+	kill(run.pid, SIGINT);
+	finish(&run, 0);
+}
+
 /* Says nothing, or only the beginning of a handshake */
 static int connect_silent(struct run *run, bool begins)
 {
@@ -785,6 +909,7 @@ int main(int argc, char **argv)
 	g_test_add_func("/watch/events", test_events);
 	g_test_add_func("/watch/events-alone", test_events_alone);
 	g_test_add_func("/watch/silent", test_silent);
+	g_test_add_func("/watch/protect", test_protect);
 
 	return g_test_run();
 }
