@@ -13,7 +13,7 @@
 
 #include "compat.h"
 
-/* Connections that have not said yet what VM they are */
+/* Connections that have not said yet what VM they are; more: the oldest goes */
 #define WAITING_MAX 64
 /* These, what ends the thread, and what the listener has */
 #define FDS (WAITING_MAX + 2)
@@ -382,6 +382,12 @@ static void greet(struct listener *l, struct kvmi_vm *vm)
 		kvmi_domain_close(dom, true);
 }
 
+static void forget_waiting(struct listener *l, size_t i)
+{
+	memmove(&l->waiting[i], &l->waiting[i + 1],
+		(--l->waiting_count - i) * sizeof(l->waiting[0]));
+}
+
 static void accept_one(struct listener *l)
 {
 	enum kvmi_status status;
@@ -396,6 +402,10 @@ static void accept_one(struct listener *l)
 		/* out of file descriptors, for example: not as fast as can be */
 		poll(NULL, 0, 100);
 		return;
+	}
+	if (l->waiting_count == WAITING_MAX) {
+		kvmi_vm_close(l->waiting[0].vm);
+		forget_waiting(l, 0);
 	}
 	/* it is asked when there is something, never waited for */
 	kvmi_vm_set_timeout(vm, 1, NULL);
@@ -416,8 +426,7 @@ static bool look_after(struct listener *l, size_t i, bool readable)
 	if (status == KVMI_ERR_TIMEOUT && now_ms() < waiting.deadline)
 		return true;
 
-	memmove(&l->waiting[i], &l->waiting[i + 1],
-		(--l->waiting_count - i) * sizeof(waiting));
+	forget_waiting(l, i);
 	if (status == KVMI_OK) {
 		greet(l, waiting.vm);
 		return false;
@@ -441,8 +450,7 @@ static void *accept_thread(void *context)
 		fds = l->fds;
 		fds[0] = (struct pollfd){ .fd = l->stop_fd, .events = POLLIN };
 		fds[1] = (struct pollfd){
-			.fd = waiting == WAITING_MAX ? -1 :
-			      kvmi_listener_fd(l->listener), .events = POLLIN,
+			.fd = kvmi_listener_fd(l->listener), .events = POLLIN,
 		};
 		for (i = 0; i < waiting; i++)
 			fds[i + 2] = (struct pollfd){

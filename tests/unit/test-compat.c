@@ -243,8 +243,9 @@ static int answer(void *dom, const struct kvmi_dom_event *event, int action,
 static void test_connect(void)
 {
 	struct tool *tool = tool_new();
-	struct client_sim *sim;
+	struct client_sim *sim, *others[100];
 	uint8_t cookie[20];
+	unsigned int i;
 	void *dom;
 
 	g_assert_null(kvmi_init_unix_socket(NULL, on_guest, NULL, NULL));
@@ -264,9 +265,11 @@ static void test_connect(void)
 	client_sim_free(sim);
 	g_assert_cmpint(tool->doms, ==, 1);
 
-	/* one that says nothing does not hold up the next */
+	/* those that say nothing do not hold up the next */
 	tool->refuse_guest = 0;
 	sim = client_sim_new_silent(tool->path);
+	for (i = 0; i < G_N_ELEMENTS(others); i++)
+		others[i] = client_sim_new_silent(tool->path);
 	{
 		int64_t start = g_get_monotonic_time();
 		struct client_sim *other = client_sim_new(tool->path);
@@ -283,6 +286,8 @@ static void test_connect(void)
 	/* ... nor the end */
 	kvmi_uninit(tool->ctx);
 	client_sim_free(sim);
+	for (i = 0; i < G_N_ELEMENTS(others); i++)
+		client_sim_free(others[i]);
 
 	/* what is there is replaced, be it in use or not, unless it is a file */
 	tool->ctx = kvmi_init_unix_socket(tool->path, on_guest, NULL, tool);
