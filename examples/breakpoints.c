@@ -47,17 +47,26 @@ int main(int argc, char **argv)
 	struct kvmi_error err;
 	struct kvmi_hooks *hooks = kvmi_hooks_new(&callbacks, NULL, &err);
 	struct kvmi_listener *listener = hooks ? kvmi_listener_new_unix(argc > 2 ? argv[1] : NULL, 0, &err) : NULL;
-	struct pollfd fds[] = { { 0, POLLIN, 0 }, { kvmi_listener_fd(listener), POLLIN, 0 } };
+	struct pollfd fds[] = { { 0, POLLIN, 0 }, { -1, POLLIN, 0 } };
 	bool added = false, failed = !listener;
-	struct kvmi_vm *vm;
+	struct kvmi_vm *vm = NULL;
 
-	/* QEMU connects to us, each time the VM runs */
-	while (!failed && poll(fds, 2, -1) > 0 && !fds[0].revents) {
-		failed = kvmi_listener_wait(listener, 1000, &vm, &err) || kvmi_vm_connect(vm, 0, KVMI_SET(KVMI_EV_BREAKPOINT), &err) ||
+	while (!failed) {
+		/* QEMU connects to us, and says something when the VM runs */
+		fds[1].fd = vm ? kvmi_vm_fd(vm) : kvmi_listener_fd(listener);
+		if (poll(fds, 2, -1) <= 0 || fds[0].revents)
+			break;
+		if (!vm) {
+			failed = kvmi_listener_wait(listener, 1000, &vm, &err);
+			continue;
+		}
+		failed = kvmi_vm_connect(vm, 0, KVMI_SET(KVMI_EV_BREAKPOINT), &err) ||
 			 (!added && add_all(hooks, vm, argv + 2, &err)) || kvmi_hooks_run(hooks, vm, 0, &err);
 		added = true;
 		kvmi_vm_close(vm);
+		vm = NULL;
 	}
+	kvmi_vm_close(vm);
 	if (failed)
 		fprintf(stderr, "breakpoints: %s\n", err.message);
 	kvmi_listener_free(listener);

@@ -1285,6 +1285,7 @@ def client_c_breakpoints(g):
         data, _ = stop(g)
         expect("clean", data)
         same_memory(before, code(g), "paused, with breakpoints from C")
+        time.sleep(7)           # longer than the library waits for a handshake
         seen = len(p.read())
         cont(g)
         wait_until(lambda: f": 0x{addresses[0]}(" in p.read()[seen:], 60, "hits after the stop")
