@@ -358,9 +358,8 @@ static void kvmi_grant(struct kvmi_pf *pf, gfn_t gfn, u8 access)
 }
 
 /*
- * A far call loads CS before it pushes the old one, and what comes from
- * linear addresses may be in the midst of a task switch; the tool is to see
- * the guest as it was before the instruction.
+ * A far call loads CS before it pushes the old one; the tool is to see the
+ * guest as it was before the instruction.
  */
 static bool kvmi_half_done(const struct x86_emulate_ctxt *ctxt)
 {
@@ -419,8 +418,9 @@ bool __kvmi_emulator_access(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa,
 }
 
 /*
- * Without unrestricted guest KVM delivers the interrupts of real mode.  That
- * can't be given up half-way, so nobody is asked.
+ * KVM switches tasks for the guest and, without unrestricted guest, delivers
+ * the interrupts of real mode.  That can't be given up half-way, so nobody is
+ * asked.
  */
 void __kvmi_set_injecting(struct kvm_vcpu *vcpu, bool injecting)
 {

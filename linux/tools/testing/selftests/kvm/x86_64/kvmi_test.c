@@ -6849,6 +6849,160 @@ KVM_ONE_VCPU_TEST(kvmi, page_access_idt, guest_access)
 	stop_access(&r);
 }
 
+/*
+ * Two tasks in 32-bit mode without paging, in a page each: this code, the GDT
+ * and the tasks' TSSs.  The first one calls the other by JMP and CALL, and
+ * comes back by JMP and IRET.  What they count must survive.
+ */
+#define TASK_GDT	1
+#define TASK_TSS(n)	(2 + (n))
+#define TASK_PAGES	4
+#define TASK_CS		0x08
+#define TASK_DS		0x10
+#define TASK_SEL(n)	(0x18 + 8 * (n))
+#define TASK_SWITCHES	5
+
+/* Of its registers, from offset 32 on */
+#define TSS_EIP		(32 / 4)
+#define TSS_EFLAGS	(36 / 4)
+#define TSS_EAX		(40 / 4)
+#define TSS_ES		(72 / 4)
+#define TSS_SIZE	104
+
+extern u8 tasks[], task1[], tasks_end[];
+
+asm(".pushsection .rodata\n"
+	".code32\n"
+	"tasks: ljmp $0x20, $0\n"
+	"incl %eax\n"
+	"lcall $0x20, $0\n"
+	"incl %eax\n"
+	"loop tasks\n"
+	"hlt\n"
+	"task1: incl %eax\n"
+	"ljmp $0x18, $0\n"
+	"incl %eax\n"
+	"iret\n"
+	"jmp task1\n"
+	"tasks_end:\n"
+	".code64\n"
+	".popsection\n");
+
+static void set_descriptor(u64 *desc, u32 base, u32 limit, u64 flags)
+{
+	*desc = (limit & 0xffff) | (base & 0xffffffull) << 16 | flags << 40 |
+		(limit >> 16 & 0xfull) << 48 | (base >> 24 & 0xffull) << 56;
+}
+
+static struct kvm_segment flat_segment(u16 selector, u8 type)
+{
+	return (struct kvm_segment) {
+		.limit = -1, .selector = selector, .type = type, .present = 1,
+		.db = 1, .s = 1, .g = 1,
+	};
+}
+
+static struct kvm_vcpu *make_tasks(void)
+{
+	struct kvm_vm *vm = vm_create_barebones();
+	struct kvm_vcpu *vcpu = __vm_vcpu_add(vm, 0);
+	struct kvm_sregs sregs;
+	struct kvm_regs regs = {
+		.rcx = TASK_SWITCHES,
+		.rflags = RFLAGS_IF | 2,
+	};
+	u64 *gdt;
+	u32 *tss;
+	int i;
+
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, 0, 0, TASK_PAGES,
+				    0);
+	memcpy(addr_gpa2hva(vm, 0), tasks, tasks_end - tasks);
+	gdt = addr_gpa2hva(vm, TASK_GDT * PAGE_SIZE);
+	set_descriptor(gdt + TASK_CS / 8, 0, -1, 0xc09b);
+	set_descriptor(gdt + TASK_DS / 8, 0, -1, 0xc093);
+	for (i = 0; i < 2; i++)
+		/* Available, and busy */
+		set_descriptor(gdt + TASK_SEL(i) / 8, TASK_TSS(i) * PAGE_SIZE,
+			       TSS_SIZE - 1, i ? 0x89 : 0x8b);
+	tss = addr_gpa2hva(vm, TASK_TSS(1) * PAGE_SIZE);
+	tss[TSS_EIP] = task1 - tasks;
+	tss[TSS_EFLAGS] = RFLAGS_IF | 2;
+	for (i = 0; i < 4; i++)
+		tss[TSS_ES + i] = i == 1 ? TASK_CS : TASK_DS;
+
+	vcpu_init_cpuid(vcpu, kvm_get_supported_cpuid());
+	vcpu_sregs_get(vcpu, &sregs);
+	sregs.cr0 = X86_CR0_PE | X86_CR0_ET | X86_CR0_NE;
+	sregs.cs = flat_segment(TASK_CS, 0xb);
+	sregs.ds = flat_segment(TASK_DS, 3);
+	sregs.es = sregs.ds;
+	sregs.ss = sregs.ds;
+	sregs.fs = sregs.ds;
+	sregs.gs = sregs.ds;
+	sregs.tr = (struct kvm_segment) {
+		.base = TASK_TSS(0) * PAGE_SIZE, .limit = TSS_SIZE - 1,
+		.selector = TASK_SEL(0), .type = 0xb, .present = 1,
+	};
+	sregs.gdt.base = TASK_GDT * PAGE_SIZE;
+	sregs.gdt.limit = TASK_SEL(2) - 1;
+	vcpu_sregs_set(vcpu, &sregs);
+	vcpu_regs_set(vcpu, &regs);
+
+	return vcpu;
+}
+
+static void test_task_switch(u8 gdt, u8 tss0, u8 tss1)
+{
+	struct kvm_vcpu *vcpu = make_tasks();
+	struct kvm_vm *vm = vcpu->vm;
+	struct kvm_regs regs;
+	struct runner r;
+	struct event ev;
+	u32 seq, *tss;
+	int i;
+
+	hook(vm);
+	assert_err(set_page_access(TASK_GDT * PAGE_SIZE, gdt), 0);
+	assert_err(set_page_access(TASK_TSS(0) * PAGE_SIZE, tss0), 0);
+	assert_err(set_page_access(TASK_TSS(1) * PAGE_SIZE, tss1), 0);
+	seq = send_vcpu_msg(KVMI_VCPU_CONTROL_EVENTS, 0,
+			    &(struct kvmi_vcpu_control_events) {
+				.event_id = KVMI_VCPU_EVENT_PF,
+				.enable = 1,
+			    }, sizeof(struct kvmi_vcpu_control_events));
+	get_version();
+	start(&r, vcpu);
+	assert_err(get_reply(KVMI_VCPU_CONTROL_EVENTS, seq, NULL, 0), 0);
+
+	/* The CPU may make accesses of its own, with or without events */
+	for (i = 0; pthread_tryjoin_np(r.thread, NULL); i++) {
+		TEST_ASSERT(i < TIMEOUT_MS / QUIET_MS, "the guest hangs");
+		if (!tool.nr_events && !readable(QUIET_MS))
+			continue;
+		get_event(&ev, KVMI_VCPU_EVENT_PF, 0);
+		reply_continue(&ev);
+	}
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_HLT);
+	vcpu_regs_get(vcpu, &regs);
+	TEST_ASSERT_EQ(regs.rax, 2 * TASK_SWITCHES);
+	TEST_ASSERT_EQ(regs.rcx, 0);
+	tss = addr_gpa2hva(vm, TASK_TSS(1) * PAGE_SIZE);
+	TEST_ASSERT_EQ(tss[TSS_EAX], 2 * TASK_SWITCHES);
+	unhook(vm);
+	kvm_vm_free(vm);
+}
+
+TEST_F(kvmi, page_access_task_switch)
+{
+	u8 no_w = ACCESS_R | ACCESS_X;
+
+	test_task_switch(ACCESS_ALL, ACCESS_ALL, ACCESS_ALL);
+	test_task_switch(no_w, no_w, no_w);
+	test_task_switch(ACCESS_ALL, no_w, 0);
+	test_task_switch(0, 0, 0);
+}
+
 /* Nobody is told of what nobody wants to know */
 KVM_ONE_VCPU_TEST(kvmi, page_access_event_off, guest_access)
 {
