@@ -215,6 +215,7 @@ int kvmi_send_unhook(struct kvm_introspection *kvmi);
 bool kvmi_may_receive(struct kvm_introspection *kvmi);
 int kvmi_receive(struct kvm_introspection *kvmi,
 		 const struct kvm_vcpu_introspection *kv);
+void kvmi_discard(struct kvm_introspection *kvmi);
 void kvmi_receive_pass_on(struct kvm_introspection *kvmi);
 void kvmi_receiver_wake(struct kvm_introspection *kvmi);
 bool kvmi_receiver(void *data);

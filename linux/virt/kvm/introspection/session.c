@@ -168,6 +168,7 @@ static void __kvmi_unhook(struct kvm_introspection *kvmi, u32 reason)
 
 	/* Nobody waits for the tool now, so this doesn't either */
 	mutex_lock(&kvmi->recv_lock);
+	kvmi_discard(kvmi);
 	mutex_lock(&kvmi->send_lock);
 	kvmi->sock = NULL;
 	mutex_unlock(&kvmi->send_lock);

@@ -297,6 +297,44 @@ static int kvmi_dispatch(struct kvm_introspection *kvmi)
 	return 0;
 }
 
+/*
+ * Files that have come are closed by this thread's task work, and to close one
+ * may sleep for as long as the tool likes (SO_LINGER), but for a signal.  So
+ * this looks as if there were one until the work is done: the thread leaves
+ * whatever it is in, does the work, and only then finds that there is none.
+ */
+static void kvmi_close_at_once(void)
+{
+	/* These have no such work */
+	if (!(current->flags & PF_KTHREAD))
+		set_thread_flag(TIF_SIGPENDING);
+}
+
+/*
+ * The session has ended, and nothing more can come.  What the tool has sent
+ * along must not be left to those who close the socket.
+ */
+void kvmi_discard(struct kvm_introspection *kvmi)
+{
+	struct msghdr msg = {};
+	struct kvec vec = {
+		.iov_base = kvmi->in,
+		.iov_len = KVMI_MSG_BUF_SIZE,
+	};
+
+	lockdep_assert_held(&kvmi->recv_lock);
+
+	/* Only these can carry files, and others may never run dry */
+	if (kvmi->sock->ops->family != PF_UNIX)
+		return;
+
+	while (kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len,
+			      MSG_DONTWAIT) > 0)
+		cond_resched();
+	if (msg.msg_flags & MSG_CTRUNC)
+		kvmi_close_at_once();
+}
+
 /* Returns -EAGAIN if there is nothing more at the moment */
 static int kvmi_fill(struct kvm_introspection *kvmi)
 {
@@ -315,14 +353,9 @@ static int kvmi_fill(struct kvm_introspection *kvmi)
 	if (ret <= 0)
 		return ret ?: -EPIPE;
 
-	/*
-	 * Files, or other things that nobody has asked for.  Files are closed
-	 * by task work, which the receive thread, as it never returns to
-	 * userspace, only does when it is told so.
-	 */
+	/* Files, or other things that nobody has asked for */
 	if (msg.msg_flags & MSG_CTRUNC) {
-		if (current->flags & PF_USER_WORKER)
-			set_thread_flag(TIF_NOTIFY_SIGNAL);
+		kvmi_close_at_once();
 		return -EPROTO;
 	}
 

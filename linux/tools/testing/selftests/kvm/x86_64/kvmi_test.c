@@ -7,11 +7,14 @@
  * threads of their own.  Nothing waits without a bound.
  */
 #include <linux/kvmi.h>
+#include <net/if.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -4648,7 +4651,99 @@ KVM_ONE_VCPU_TEST(kvmi, message_with_file, guest_count)
 		close(fds[0]);
 		unhook(vm);
 	}
+	/* The vCPU's thread has closed it outside KVM_RUN */
+	join(&r);
+	TEST_ASSERT_EQ(r.err, EINTR);
+	start(&r, vcpu);
 	stop_guest(&r);
+}
+
+/*
+ * Sends a file whose closing takes an hour if nobody prevents it.  Nobody must
+ * read it before it is closed here, or this would be the one to wait.
+ */
+static int send_lingering_file(void)
+{
+	struct sockaddr_in addr = {
+		.sin_family = AF_INET,
+		.sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+	};
+	struct linger linger = { .l_onoff = 1, .l_linger = 3600 };
+	struct ifreq lo = { .ifr_name = "lo", .ifr_flags = IFF_UP };
+	socklen_t size = sizeof(addr);
+	int fd, listener, peer;
+	char buf[4096] = {};
+
+	listener = socket(AF_INET, SOCK_STREAM, 0);
+	fd = socket(AF_INET, SOCK_STREAM, 0);
+	TEST_ASSERT(!ioctl(fd, SIOCSIFFLAGS, &lo) &&
+		    !bind(listener, (void *)&addr, size) &&
+		    !getsockname(listener, (void *)&addr, &size) &&
+		    !listen(listener, 1) &&
+		    !connect(fd, (void *)&addr, size),
+		    "TCP: %s", strerror(errno));
+	peer = accept(listener, NULL, NULL);
+	TEST_ASSERT(peer >= 0, "accept: %s", strerror(errno));
+	close(listener);
+	while (send(fd, buf, sizeof(buf), MSG_DONTWAIT) > 0)
+		;
+	TEST_ASSERT(!setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger,
+				sizeof(linger)),
+		    "SO_LINGER: %s", strerror(errno));
+	send_file(fd);
+	close(fd);
+
+	return peer;
+}
+
+KVM_ONE_VCPU_TEST(kvmi, message_with_lingering_file, guest_count)
+{
+	/* Too large a message, so that what follows it isn't read */
+	static struct kvmi_msg_hdr too_large[1024] = {
+		{ .id = KVMI_GET_VERSION, .size = -1 },
+	};
+	struct kvm_vm *vm = vcpu->vm;
+	int fds[2], peers[3], i;
+	struct runner r;
+	struct event ev;
+
+	/* The receive thread gets it; or nobody, before UNHOOK */
+	start(&r, vcpu);
+	for (i = 0; i < 2; i++) {
+		make_sockets(fds);
+		tool_connected(fds[0]);
+		if (i)
+			send_bytes(too_large, sizeof(too_large));
+		peers[i] = send_lingering_file();
+		hook_fd(vm, fds[1]);
+		assert_closed();
+		unhook(vm);
+		assert_at_once(close(fds[1]));
+	}
+
+	/* A vCPU that waits, when it gets rid of its replies */
+	hook_sndbuf(vm, 1);
+	allow_all(vm);
+	assert_err(pause_vcpu(0, 0), 0);
+	get_event(&ev, KVMI_VCPU_EVENT_PAUSE, 0);
+	for (i = 0; i < 100; i++)
+		send_msg(KVMI_GET_VERSION, NULL, 0);
+	wait_stuck();
+	peers[2] = send_lingering_file();
+	assert_closed();
+	unhook(vm);
+	join(&r);
+	TEST_ASSERT_EQ(r.err, EINTR);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+
+	hook(vm);
+	assert_err(get_version(), 0);
+	assert_err(vcpu_get_info(0), 0);
+	unhook(vm);
+	stop_guest(&r);
+	for (i = 0; i < ARRAY_SIZE(peers); i++)
+		close(peers[i]);
 }
 
 static unsigned int count_threads(void)
