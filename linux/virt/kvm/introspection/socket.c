@@ -78,11 +78,13 @@ static bool kvmi_interrupted(int err)
 
 /*
  * Sends all of the message, or nothing of it (-EINTR: wanted elsewhere), or
- * the session is lost.
+ * the session is lost.  A tool that takes a little now and then doesn't read,
+ * either.
  */
 static int kvmi_sock_send(struct socket *sock, void *buf, size_t size,
 			  unsigned int flags)
 {
+	unsigned long end = jiffies + KVMI_SEND_TIMEOUT_S * HZ;
 	unsigned long give_up = 0;
 	size_t sent = 0;
 	int ret;
@@ -97,6 +99,8 @@ static int kvmi_sock_send(struct socket *sock, void *buf, size_t size,
 		ret = kernel_sendmsg(sock, &msg, &vec, 1, vec.iov_len);
 		if (ret > 0) {
 			sent += ret;
+			if (time_after(jiffies, end))
+				return -ETIMEDOUT;
 			continue;
 		}
 		if (ret == -EAGAIN && !(flags & MSG_DONTWAIT))

@@ -4505,6 +4505,33 @@ KVM_ONE_VCPU_TEST(kvmi, unread_vcpu_replies, guest_count)
 	stop_guest(&r);
 }
 
+/* Nor does one that takes a part of a message now and then */
+KVM_ONE_VCPU_TEST(kvmi, unread_little_by_little, guest_count)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	u8 buf[2304];
+	int i;
+
+	/* Room for two of the four parts of a message, a buf each */
+	hook_sndbuf(vm, 1);
+	allow_all(vm);
+	for (i = 0; i < MAX_JOBS; i++)
+		send_get_registers(0, MAX_MSRS, MSR_EFER);
+	get_version();
+	start(&r, vcpu);
+	wait_stuck();
+	for (i = 0; get_status(vm).hooked; i++) {
+		TEST_ASSERT(i < 5, "the session lives on");
+		usleep(3000 * 1000);
+		recv(tool.fd, buf, sizeof(buf), MSG_DONTWAIT);
+	}
+	TEST_ASSERT_EQ(get_status(vm).reason, KVM_INTROSPECTION_END_UNREAD);
+	assert_guest_runs(vm);
+	unhook(vm);
+	stop_guest(&r);
+}
+
 /* The time counts from when the socket became full, signals or not */
 KVM_ONE_VCPU_TEST(kvmi, unread_signals, guest_count)
 {
