@@ -143,10 +143,10 @@ void __kvmi_regs_set(struct kvm_vcpu *vcpu, const struct kvm_regs *regs)
 	__kvmi_step_moved(vcpu, regs->rip);
 }
 
-/* At once, as the guest may write there too */
-bool kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new)
+/* At once, as the guest may write there too; returns 1 if it isn't old */
+int kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new)
 {
-	return !__try_cmpxchg_user(ptr, &old, new, efault);
+	return __try_cmpxchg_user(ptr, &old, new, efault);
 }
 
 bool kvmi_intercepts_bp(struct kvm_vcpu *vcpu)

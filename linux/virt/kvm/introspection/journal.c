@@ -10,7 +10,6 @@
 #include <linux/mm.h>
 #include <linux/random.h>
 #include <linux/sched/mm.h>
-#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 
@@ -228,9 +227,12 @@ int kvmi_write_guest(struct kvm_introspection *kvmi, u64 gpa, const void *data,
 	return err;
 }
 
-/* The guest, which runs, may just be changing it */
-static bool kvmi_replace_byte(struct mm_struct *mm, unsigned long hva, u8 old,
-			      u8 new)
+/*
+ * The guest, which runs, may just be changing it.  Returns 1 if somebody has,
+ * and -EFAULT if nobody can at the moment.
+ */
+static int kvmi_replace_byte(struct mm_struct *mm, unsigned long hva, u8 old,
+			     u8 new)
 {
 	struct page *page;
 	bool replaced;
@@ -244,13 +246,13 @@ static bool kvmi_replace_byte(struct mm_struct *mm, unsigned long hva, u8 old,
 	pinned = pin_user_pages_remote(mm, hva, 1, FOLL_WRITE, &page, NULL);
 	mmap_read_unlock(mm);
 	if (pinned != 1)
-		return false;
+		return -EFAULT;
 
 	ptr = kmap_local_page(page) + offset_in_page(hva);
 	replaced = cmpxchg(ptr, old, new) == old;
 	kunmap_local(ptr);
 	unpin_user_pages_dirty_lock(&page, 1, replaced);
-	return replaced;
+	return !replaced;
 }
 
 /* Returns false if the entry may be of use later on */
@@ -261,26 +263,25 @@ static bool kvmi_journal_restore_one(struct kvm_introspection *kvmi,
 	struct kvm *kvm = kvmi->kvm;
 	struct kvm_memory_slot *slot;
 	unsigned long hva;
-	bool restored;
+	int err = -EFAULT;
 
 	hva = kvmi_hva(kvm, entry->gpa, &slot, NULL);
-	/* Slots are taken away and put back to change them */
-	if (kvm_is_error_hva(hva) && !last)
-		return false;
-
 	/* What the guest can only read may be writable for the VM's process */
-	restored = !kvm_is_error_hva(hva) &&
-		   kvmi_replace_byte(kvm->mm, hva, entry->written,
-				     entry->before);
-	/* Killed in a page fault: the receive thread does it */
-	if (!restored && !last && fatal_signal_pending(current))
+	if (!kvm_is_error_hva(hva))
+		err = kvmi_replace_byte(kvm->mm, hva, entry->written,
+					entry->before);
+	/*
+	 * Slots are taken away and put back to change them, memory is short
+	 * or protected for a moment, this thread is being killed.
+	 */
+	if (err < 0 && !last)
 		return false;
 
-	if (restored) {
+	if (!err) {
 		kvmi->journal.restored++;
 		kvmi_mark_dirty(slot, entry->gpa);
 	}
-	trace_kvmi_restore(kvm, entry->gpa, entry->before, restored);
+	trace_kvmi_restore(kvm, entry->gpa, entry->before, !err);
 	return true;
 }
 

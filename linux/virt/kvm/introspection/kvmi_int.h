@@ -262,7 +262,7 @@ void kvmi_arch_cleanup(struct kvm_vcpu *vcpu);
 unsigned long kvmi_arch_linear_ip(struct kvm_vcpu *vcpu);
 int kvmi_arch_event_done(struct kvm_vcpu *vcpu, const struct kvmi_event *ev,
 			 const void *rpl);
-bool kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new);
+int kvmi_arch_replace_byte(u8 __user *ptr, u8 old, u8 new);
 int kvmi_arch_set_page_access(struct kvm_introspection *kvmi,
 			      const struct kvmi_page_access_entry *entries,
 			      unsigned int count);

@@ -5050,9 +5050,10 @@ KVM_ONE_VCPU_TEST(kvmi, journal_memory_gone, guest_journal)
 
 /*
  * The slot is away when the session ends, as it is for a moment when a device
- * manager changes it, and back for UNHOOK, with these flags
+ * manager changes it, and back for UNHOOK, with these flags; or the memory
+ * can't be written to
  */
-static void test_journal_slot_away(struct kvm_vcpu *vcpu, u32 flags)
+static void test_journal_later(struct kvm_vcpu *vcpu, bool away, u32 flags)
 {
 	struct kvm_vm *vm = vcpu->vm;
 	u8 int3 = 0xcc, *mem;
@@ -5066,14 +5067,21 @@ static void test_journal_slot_away(struct kvm_vcpu *vcpu, u32 flags)
 	start(&r, vcpu);
 	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
 
-	vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA, 0, NULL);
+	if (away)
+		vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA, 0,
+					  NULL);
+	else
+		mprotect(mem, PAGE_SIZE, PROT_READ);
 	tool_close();
 	wait_for(!get_status(vm).hooked);
 	/* Whoever looks for something to restore has done so */
 	usleep(QUIET_MS * 1000);
 	TEST_ASSERT_EQ(get_status(vm).restored, 0);
-	vm_set_user_memory_region(vm, EXTRA_SLOT, flags, EXTRA_GPA, PAGE_SIZE,
-				  mem);
+	if (away)
+		vm_set_user_memory_region(vm, EXTRA_SLOT, flags, EXTRA_GPA,
+					  PAGE_SIZE, mem);
+	else
+		mprotect(mem, PAGE_SIZE, PROT_READ | PROT_WRITE);
 	unhook(vm);
 	TEST_ASSERT_EQ(get_status(vm).restored, 1);
 	TEST_ASSERT_EQ(mem[0], 0);
@@ -5082,13 +5090,18 @@ static void test_journal_slot_away(struct kvm_vcpu *vcpu, u32 flags)
 
 KVM_ONE_VCPU_TEST(kvmi, journal_slot_away, guest_count)
 {
-	test_journal_slot_away(vcpu, 0);
+	test_journal_later(vcpu, true, 0);
 }
 
 /* The guest can't write it any more, but runs into the INT3 */
 KVM_ONE_VCPU_TEST(kvmi, journal_slot_read_only, guest_count)
 {
-	test_journal_slot_away(vcpu, KVM_MEM_READONLY);
+	test_journal_later(vcpu, true, KVM_MEM_READONLY);
+}
+
+KVM_ONE_VCPU_TEST(kvmi, journal_protected, guest_count)
+{
+	test_journal_later(vcpu, false, 0);
 }
 
 #define KILL_ROUNDS	50
