@@ -143,10 +143,10 @@ struct kvm_introspection {
 	struct xarray page_access;	/* see kvmi_mmu.c */
 	struct kvmi_journal journal;
 	unsigned long flags;
-#define KVMI_NO_CLEANUP		0
-#define KVMI_UNHOOK_PENDING	1	/* the event waits for send_lock */
-#define KVMI_READABLE		2	/* the socket should be read */
-#define KVMI_WRITABLE		3	/* it has got room for that event */
+#define KVMI_UNHOOK_PENDING	0	/* the event waits for send_lock */
+#define KVMI_READABLE		1	/* the socket should be read */
+#define KVMI_WRITABLE		2	/* it has got room for that event */
+	unsigned long no_cleanup;	/* see kvmi_cleanup_bit() */
 
 	void *in;		/* KVMI_MSG_BUF_SIZE bytes */
 	size_t in_size;		/* bytes that have arrived */
@@ -198,6 +198,15 @@ struct kvm_vcpu_introspection {
 static inline bool kvmi_session_alive(int session)
 {
 	return session & 1;
+}
+
+/*
+ * The bit in no_cleanup of a session, and of the time up to the next one: a
+ * vCPU may not have run since.
+ */
+static inline unsigned int kvmi_cleanup_bit(int session)
+{
+	return (session + 1u) / 2 % BITS_PER_LONG;
 }
 
 /* session.c */

@@ -281,6 +281,8 @@ static int __kvmi_hook(struct kvm_introspection *kvmi,
 	bitmap_zero(kvmi->event_allow, KVMI_NUM_EVENTS);
 	bitmap_zero(kvmi->vm_events, KVMI_NUM_EVENTS);
 	kvmi->flags = 0;
+	clear_bit(kvmi_cleanup_bit(atomic_read(&kvmi->session) + 1),
+		  &kvmi->no_cleanup);
 	kvmi->journal.restored = 0;
 	kvmi->end = KVM_INTROSPECTION_END_NONE;
 	atomic64_set(&kvmi->nr_events, 0);

@@ -524,7 +524,7 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	struct kvm_introspection *kvmi = vcpu->kvm->kvmi;
 	struct kvm_vcpu_introspection *kv = vcpu->kvmi;
 	int session = atomic_read_acquire(&kvmi->session);
-	bool answered;
+	bool answered, cleanup;
 	LIST_HEAD(drop);
 
 	if (kv->session == session)
@@ -545,12 +545,13 @@ static int kvmi_vcpu_follow_session(struct kvm_vcpu *vcpu)
 	/* Before this vCPU no longer intercepts what would hit it */
 	kvmi_journal_restore(kvmi, false);
 
+	cleanup = !test_bit(kvmi_cleanup_bit(kv->session), &kvmi->no_cleanup);
 	/* As it was the last one's event, the next one can't answer it */
 	WRITE_ONCE(kv->session, session);
 	kv->out.size = 0;
 	bitmap_zero(kv->events, KVMI_NUM_EVENTS);
 	kvmi_arch_session_over(vcpu);
-	if (!test_bit(KVMI_NO_CLEANUP, &kvmi->flags))
+	if (cleanup)
 		kvmi_arch_cleanup(vcpu);
 
 	return kv->ev.open ? kvmi_event_close(vcpu, NULL) : 1;

@@ -189,7 +189,8 @@ static int kvmi_vm_control_cleanup(struct kvm_introspection *kvmi,
 	    req->enable > 1)
 		return -KVM_EINVAL;
 
-	assign_bit(KVMI_NO_CLEANUP, &kvmi->flags, !req->enable);
+	assign_bit(kvmi_cleanup_bit(atomic_read(&kvmi->session)),
+		   &kvmi->no_cleanup, !req->enable);
 	return 0;
 }
 

@@ -3170,6 +3170,37 @@ KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_off, guest_break)
 	test_cleanup(vcpu, false);
 }
 
+/* It is for the session that says so, not for what the last one has left */
+KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_of_last, guest_break)
+{
+	struct kvm_vm *vm = vcpu->vm;
+	struct runner r;
+	u64 exits, bps;
+	int stats;
+
+	stats = vcpu_get_stats_fd(vcpu);
+	install_bp_handler(vm);
+	hook(vm);
+	start(&r, vcpu);
+	assert_err(enable_bp(0), 0);
+	interrupt(&r);
+	unhook(vm);
+
+	hook(vm);
+	assert_err(control_cleanup(0), 0);
+	start(&r, vcpu);
+	assert_guest_runs(vm);
+	bps = guest_read(vm, traps);
+	exits = get_exits(stats);
+	wait_for(guest_read(vm, traps) >= bps + 1000);
+	exits = get_exits(stats) - exits;
+	bps = guest_read(vm, traps) - bps;
+	TEST_ASSERT(exits < bps / 2, "%lu #BPs with %lu exits", bps, exits);
+	close(stats);
+	stop_guest(&r);
+	unhook(vm);
+}
+
 KVM_ONE_VCPU_TEST(kvmi, vm_control_cleanup_errors, guest_count)
 {
 	struct kvmi_vm_control_cleanup req = {};
