@@ -1293,6 +1293,33 @@ static int enable_bp(u16 vcpu)
 	return control_event(vcpu, KVMI_VCPU_EVENT_BREAKPOINT, 1);
 }
 
+static int control_msr(u16 vcpu, u32 msr, u8 enable)
+{
+	struct kvmi_vcpu_control_msr req = { .msr = msr, .enable = enable };
+
+	return vcpu_command(KVMI_VCPU_CONTROL_MSR, vcpu, &req);
+}
+
+static int set_page_access_n(const struct kvmi_page_access_entry *entries,
+			     unsigned int count)
+{
+	struct {
+		struct kvmi_vm_set_page_access req;
+		struct kvmi_page_access_entry entries[511];
+	} msg = { .req.count = count };
+
+	memcpy(msg.entries, entries, count * sizeof(*entries));
+	return __command(KVMI_VM_SET_PAGE_ACCESS, &msg,
+			 sizeof(msg.req) + count * sizeof(*entries), NULL, 0);
+}
+
+static int set_page_access(u64 gpa, u8 access)
+{
+	struct kvmi_page_access_entry entry = { .gpa = gpa, .access = access };
+
+	return set_page_access_n(&entry, 1);
+}
+
 struct registers_request {
 	struct kvmi_vcpu_get_registers req;
 	u32 msrs_idx[MAX_MSRS + 1];
@@ -2158,15 +2185,22 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_killed_sending, guest_count)
 
 #define STORM_ROUNDS 500
 
-/* Events, replies and cuts at any moment */
+/*
+ * Events, replies and cuts at any moment, and of each kind of thing that KVM
+ * has to put away
+ */
 KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 {
 	struct kvm_vcpu *vcpu1 = add_vcpu(vcpu, guest_break);
 	struct kvm_vm *vm = vcpu->vm;
 	struct runner r[2];
 	struct event ev;
+	u8 int3 = 0xcc, *mem;
 	int i, j, delay;
 
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, EXTRA_GPA,
+				    EXTRA_SLOT, 1, 0);
+	mem = addr_gpa2hva(vm, EXTRA_GPA);
 	install_bp_handler(vm);
 	start(&r[0], vcpu);
 	start(&r[1], vcpu1);
@@ -2174,6 +2208,9 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 		hook(vm);
 		assert_err(enable_bp(0), 0);
 		assert_err(enable_bp(1), 0);
+		assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+		assert_err(set_page_access(EXTRA_GPA, 0), 0);
+		assert_err(control_msr(0, MSR_LSTAR, 1), 0);
 		for (j = 0; j < i % 5; j++) {
 			get_any_event(&ev);
 			reply_continue(&ev);
@@ -2187,6 +2224,7 @@ KVM_ONE_VCPU_TEST(kvmi, unhook_storm, guest_break)
 		if (i % 3 == 2)
 			tool_close();
 		unhook(vm);
+		TEST_ASSERT_EQ(mem[0], 0);
 	}
 	assert_guest_runs(vm);
 	guest_write(vm, stop, 1);
@@ -5343,13 +5381,6 @@ static int control_cr(u16 vcpu, u8 cr, u8 enable)
 	return vcpu_command(KVMI_VCPU_CONTROL_CR, vcpu, &req);
 }
 
-static int control_msr(u16 vcpu, u32 msr, u8 enable)
-{
-	struct kvmi_vcpu_control_msr req = { .msr = msr, .enable = enable };
-
-	return vcpu_command(KVMI_VCPU_CONTROL_MSR, vcpu, &req);
-}
-
 static int set_sregs(u16 vcpu, const struct kvm_sregs *sregs)
 {
 	return __vcpu_command(KVMI_VCPU_SET_SREGS, vcpu, sregs, sizeof(*sregs),
@@ -6582,26 +6613,6 @@ static void guest_access(void)
 		WRITE_ONCE(counter, counter + 1);
 		WRITE_ONCE(order, DO_NONE);
 	}
-}
-
-static int set_page_access_n(const struct kvmi_page_access_entry *entries,
-			     unsigned int count)
-{
-	struct {
-		struct kvmi_vm_set_page_access req;
-		struct kvmi_page_access_entry entries[511];
-	} msg = { .req.count = count };
-
-	memcpy(msg.entries, entries, count * sizeof(*entries));
-	return __command(KVMI_VM_SET_PAGE_ACCESS, &msg,
-			 sizeof(msg.req) + count * sizeof(*entries), NULL, 0);
-}
-
-static int set_page_access(u64 gpa, u8 access)
-{
-	struct kvmi_page_access_entry entry = { .gpa = gpa, .access = access };
-
-	return set_page_access_n(&entry, 1);
 }
 
 static int get_page_access(u64 gpa, u8 *access)
