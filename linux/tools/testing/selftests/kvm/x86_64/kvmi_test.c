@@ -1979,6 +1979,32 @@ KVM_ONE_VCPU_TEST(kvmi, status, guest_count)
 	stop_guest(&r);
 }
 
+/* A tool that comes and goes doesn't fill the host's log */
+TEST_F(kvmi, status_log_limited)
+{
+	int fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK), lines = 0, i;
+	struct kvm_vm *vm = self->vcpu->vm;
+	u64 begin = now_ms();
+	char line[8192];
+	ssize_t ret;
+
+	if (fd < 0)
+		SKIP(return, "no /dev/kmsg");
+	lseek(fd, 0, SEEK_END);
+	for (i = 0; i < 100; i++) {
+		hook_restricted(vm);
+		unhook(vm);
+	}
+	while ((ret = read(fd, line, sizeof(line) - 1)) > 0) {
+		line[ret] = 0;
+		lines += !!strstr(line, "introspection of process");
+	}
+	/* Ten each five seconds */
+	TEST_ASSERT(lines <= 10 * (2 + (now_ms() - begin) / 5000),
+		    "%d lines", lines);
+	close(fd);
+}
+
 KVM_ONE_VCPU_TEST(kvmi, hook_again_while_running, guest_count)
 {
 	struct kvm_vm *vm = vcpu->vm;
@@ -2868,6 +2894,28 @@ KVM_ONE_VCPU_TEST(kvmi, vm_write_physical_dirty_log, guest_count)
 	kvm_vm_get_dirty_log(vm, EXTRA_SLOT, &log);
 	TEST_ASSERT_EQ(log, 1);
 	unhook(vm);
+}
+
+/* The ring of no vCPU would do */
+TEST_F(kvmi, vm_write_physical_dirty_ring)
+{
+	u64 gpa = EXTRA_GPA + 16 * PAGE_SIZE;
+	struct kvm_vm *vm;
+
+	if (!kvm_has_cap(KVM_CAP_DIRTY_LOG_RING))
+		SKIP(return, "no dirty ring");
+	vm = vm_create_barebones();
+	vm_enable_dirty_ring(vm, 1 << 16);
+	add_extra_memory(vm, KVM_MEM_LOG_DIRTY_PAGES);
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, gpa,
+				    EXTRA_SLOT + 1, 1, 0);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA, 1, "x"), -KVM_EOPNOTSUPP);
+	assert_err(write_physical(gpa, 1, "x"), 0);
+	vm_mem_region_set_flags(vm, EXTRA_SLOT, 0);
+	assert_err(write_physical(EXTRA_GPA, 1, "x"), 0);
+	unhook(vm);
+	kvm_vm_free(vm);
 }
 
 /* VM_PAUSE_VCPU and its event */
@@ -5222,6 +5270,41 @@ TEST_F_TIMEOUT(kvmi, journal_killed, 120)
 		close(sync[0]);
 		close(sync[1]);
 	}
+	munmap(mem, PAGE_SIZE);
+}
+
+/* The last to hold the VM has other memory */
+TEST_F(kvmi, journal_other_process)
+{
+	struct kvm_vm *vm = vm_create_barebones();
+	u8 int3 = 0xcc, *mem;
+	int sync[2];
+	pid_t pid;
+	char c = 0;
+
+	mem = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap: %s", strerror(errno));
+	vm_set_user_memory_region(vm, EXTRA_SLOT, 0, EXTRA_GPA, PAGE_SIZE, mem);
+	hook(vm);
+	assert_err(write_physical(EXTRA_GPA, 1, &int3), 0);
+
+	make_sockets(sync);
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork: %s", strerror(errno));
+	if (!pid) {
+		read(sync[1], &c, 1);
+		_exit(0);
+	}
+	close(vm->fd);
+	TEST_ASSERT_EQ(mem[0], int3);
+	TEST_ASSERT_EQ(write(sync[0], &c, 1), 1);
+	wait_for_exit(pid);
+	TEST_ASSERT_EQ(mem[0], 0);
+	assert_closed();
+	tool_close();
+	close(sync[0]);
+	close(sync[1]);
 	munmap(mem, PAGE_SIZE);
 }
 
