@@ -186,10 +186,9 @@ static gboolean keep_vm(struct kvmi_listener *listener, struct kvmi_vm *vm,
 /* No file descriptors left: said now and then, and over when there are some */
 static void test_no_fds(void)
 {
-	g_autofree char *folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
-	g_autofree char *path = g_build_filename(folder, "socket", NULL);
-	struct tool tool = { .loop = g_main_loop_new(NULL, FALSE) };
-	struct sim *sim = g_new0(struct sim, 1);
+	g_autofree char *folder = NULL, *path = NULL;
+	struct tool tool = { };
+	struct sim *sim;
 	struct kvmi_listener *listener;
 	unsigned int warnings = 0;
 	struct rlimit limit, few;
@@ -203,6 +202,10 @@ static void test_no_fds(void)
 		g_test_skip("valgrind");
 		return;
 	}
+	folder = g_dir_make_tmp("kvmi-XXXXXX", NULL);
+	path = g_build_filename(folder, "socket", NULL);
+	tool.loop = g_main_loop_new(NULL, FALSE);
+	sim = g_new0(struct sim, 1);
 	listener = kvmi_listener_new_unix(path, 0, NULL);
 	g_assert_nonnull(listener);
 	source = kvmi_listener_source_new(listener);
