@@ -946,6 +946,11 @@ def gate_vsock(g):
     combine(g, Stop, (OnVsock, HungOnVsock, KilledOnVsock))
     scenarios.remove_object(g)
     g.qmp.execute("chardev-remove", id="vsock")
+    # The libraries' own tests, which skip it where there is no loopback
+    for test, case in (("test-libkvmi", "/lib/vsock"), ("test-compat", "/compat/vsock")):
+        said = subprocess.run([BUILD / "tests/unit" / test, "-p", case], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, timeout=60,
+                              text=True).stdout
+        assert f"ok 1 {case}\n" in said, said
 
 
 @scenario(timeout=400 if LONG else 200)
