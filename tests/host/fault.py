@@ -490,7 +490,7 @@ def one(g, way, step, fault, before, usual, log):
         if type(way) is Nothing and fault == "hung":
             # Nobody cuts it off; the user does
             os.kill(tool.pid, signal.SIGKILL)
-        bound = 1.5 * usual + DEADLINE + 2000 + 4000 * pulse.lag
+        bound = 2 * usual + DEADLINE + 2000 + 4000 * pulse.lag
         assert took < bound, f"{way.name} took {took:.0f} ms, of which {bound:.0f} are allowed; without a tool it took {usual:.0f}"
         if isinstance(way, Stop) and not boot:
             same_memory(before, code(g), "stopped")
