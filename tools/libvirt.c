@@ -1418,6 +1418,11 @@ static virDomain *find_domain(virConnect *connection, const char *name)
 	return domain ? domain : virDomainLookupByUUIDString(connection, name);
 }
 
+static int compare_names(const void *a, const void *b)
+{
+	return strcmp(virDomainGetName(*(virDomain **)a), virDomainGetName(*(virDomain **)b));
+}
+
 static int status_main(virConnect *connection, char **names, gboolean json)
 {
 	virDomain **domains = NULL;
@@ -1442,6 +1447,8 @@ static int status_main(virConnect *connection, char **names, gboolean json)
 		complain("libvirt: %s", virGetLastErrorMessage());
 		return EXIT_PROBLEM;
 	}
+	/* in no order that would be the same with each version of libvirt */
+	qsort(domains, count, sizeof(*domains), compare_names);
 	for (i = 0; i < count; i++) {
 		if (!print_status(domains[i], json))
 			result = EXIT_PROBLEM;

@@ -996,7 +996,7 @@ def libvirt_enable_by_hand(d):
     assert kvmi_status(d.name)["state"] == "connecting"
     assert kvmi_libvirt("disable", d.name) == f"{d.name} was not enabled\n"
     assert "it has a KVMI object already" in kvmi_libvirt("enable", d.name, fails=True)
-    assert "isn't of kvmi libvirt" in kvmi_libvirt("enable", d.name, "--vsock", "1:5000", fails=True)
+    assert "it has a KVMI object already" in kvmi_libvirt("enable", d.name, "--vsock", "1:5000", fails=True)
     assert info(d)["chardev"] == "tool" and d.virsh("dumpxml", "--inactive") == before and files() == disk
     with tool(d):
         pass

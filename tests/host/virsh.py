@@ -150,7 +150,8 @@ END
         return self
 
     def version(self):
-        return int(re.search(r"libvirt version: (\d+)\.", self.log())[1])
+        # The daemon is of the same packages, and logs its own only with its first message
+        return int(self.virsh("--version").partition(".")[0])
 
     def stop(self):
         for name in ("libvirtd", "virtlogd"):
