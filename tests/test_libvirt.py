@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The scenarios of tests/host/libvirt_scenarios.py: the same as tests/test_scenarios.py, driven by Debian's libvirt. test_libvirt11 are the same with
 libvirt 11 in place of Debian 12's 9.0."""
+import os
+
 import pytest
 
 import host
@@ -29,6 +31,8 @@ def matrices():
 
 def run_meanwhile(amd, name):
     host.libvirt_guest_image()
+    if os.environ.get("KVMI_LONG"):
+        host.build_stock_qemu()
     later, name = name.startswith("libvirt11"), name.replace("libvirt11_", "libvirt_")
     options = ["--libvirt", host.fetch_libvirt()] if later else []
     if name == "libvirt_apparmor_driver" and not later:

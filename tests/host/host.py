@@ -428,6 +428,10 @@ def libvirt_guest_image():
     return image
 
 
+def build_stock_qemu():
+    subprocess.run([TOP / "scripts/build-qemu", "--stock", f"--build={BUILD}"], check=True, stdin=subprocess.DEVNULL, timeout=7200)
+
+
 def fetch_libvirt(*options):
     """The folder with the files of libvirt 11, of which Debian 12 has only 9.0; / if this machine's libvirt is that one. --profiles: with
     AppArmor's profiles for this machine's libvirt."""
