@@ -56,23 +56,24 @@ enum kvmi_status silent_take(struct silent *silent, const struct pollfd *fds,
 
 	/* from the end: those that go don't move the others */
 	for (i = silent->count; i > 0; i--) {
+		struct kvmi_vm *candidate = silent->list[i - 1];
 		enum kvmi_status status;
 
 		if (!fds[i].revents)
 			continue;
-		*vm = silent->list[i - 1];
-		status = kvmi_vm_wait_hello(*vm, err);
+		status = kvmi_vm_wait_hello(candidate, err);
 		if (status == KVMI_ERR_TIMEOUT)
 			continue;
 		drop(silent, i - 1);
 		if (status == KVMI_OK) {
-			kvmi_vm_set_timeout(*vm, TIMEOUT_MS, NULL);
+			kvmi_vm_set_timeout(candidate, TIMEOUT_MS, NULL);
+			*vm = candidate;
 			return KVMI_OK;
 		}
 		/* a paused VM's QEMU may go without a word */
 		if (status != KVMI_ERR_CLOSED)
 			complain("%s", err->message);
-		kvmi_vm_close(*vm);
+		kvmi_vm_close(candidate);
 	}
 
 	return fds[0].revents ? accept_one(silent, err) : KVMI_ERR_NOTHING;
