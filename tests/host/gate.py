@@ -1263,24 +1263,51 @@ def gate_client_gone(g):
         cont(g)
 
 
-@scenario()
+@scenario(timeout=200)
 def gate_other_monitors(g):
-    """QEMU does one in-band command after the other, of whichever QMP monitor; out-of-band ones and HMP don't wait for a stop."""
+    """While an in-band command waits, those of its own monitor come after it; other monitors, QMP or HMP, and out-of-band commands don't wait."""
     other = QMP(DIR / "qmp2")
-    numbers = []
-    with waiting(g, lambda: numbers.append(g.qmp.send("stop"))) as (mark, tool):
-        late = other.send("query-status")
-        g.hmp("info status")
-        for monitor in (g.qmp, other):
-            assert monitor.execute("query-kvmi", oob=True)["state"] == "unhooking"
-        time.sleep(0.3)
-        other.execute("query-kvmi", oob=True)
-        assert late not in other.replies and numbers[0] not in g.qmp.replies
+    dump = Dump(g, code(g))
+    for command, arguments, action in (("stop", {}, "stop"), ("human-monitor-command", {"command_line": "savevm snap"}, "save"),
+                                       ("dump-guest-memory", {"paging": False, "protocol": f"file:{dump.file}"}, "save")):
+        sent = []
+        with waiting(g, lambda: sent.append(g.qmp.send(command, **arguments))) as (mark, tool):
+            sent += [g.qmp.send("query-status") for _ in range(3)]
+            assert other.execute("query-status")["running"]
+            assert other.execute("query-kvmi")["state"] == "unhooking"
+            assert other.execute("human-monitor-command", command_line="info status").startswith("VM status: running")
+            g.hmp("info status")
+            for monitor in (g.qmp, other):
+                assert monitor.execute("query-kvmi", oob=True)["state"] == "unhooking"
+            # one that waits, too, and another behind it
+            sent_there = [other.send(c) for c in ("stop", "query-status")]
+            time.sleep(0.3)
+            g.qmp.execute("query-kvmi", oob=True)
+            other.execute("query-kvmi", oob=True)
+            assert not [n for n in sent if n in g.qmp.replies], f"answered before {command}"
+            assert not [n for n in sent_there if n in other.replies], "answered before stop"
+            end_of_wait(g, mark, tool, action)
+            for n in sent:
+                g.qmp.result(n)
+            assert [n for n in g.qmp.replies if n in sent] == sent, g.qmp.replies
+            other.result(sent_there[0])
+            assert other.result(sent_there[1])["status"] == "paused"
+            cont(g)
+    g.hmp("delvm snap")
+    os.unlink(dump.file)
+    with waiting(g, lambda: sent.append(g.qmp.send("stop"))) as (mark, tool):
+        other.execute("cont")
         end_of_wait(g, mark, tool, "stop")
-        g.qmp.result(numbers[0])
-        assert other.result(late)["status"] == "paused"
-        other.close()
-        cont(g)
+        try:
+            g.qmp.result(sent[-1])
+            raise AssertionError("stopped, against the last word")
+        except QMPError as e:
+            assert "run on" in str(e), e
+        assert g.qmp.execute("query-status")["running"]
+    # Its monitor takes commands again
+    for _ in range(20):
+        g.qmp.execute("query-name")
+    other.close()
 
 
 # --- what can't wait --------------------------------------------------------------------------------------------------
