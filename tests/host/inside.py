@@ -487,6 +487,13 @@ class RawTool:
         self.start_time, = struct.unpack_from("=q", hello, 20)
         return self
 
+    def forget(self):
+        """Hang up on who waits to be accepted."""
+        self.server.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.server.accept()[0].close()
+
     def answer(self, cookie=b""):
         self.sock.sendall(struct.pack("=I20s", 24, hashlib.sha1(cookie).digest()))
         return self
