@@ -2242,7 +2242,8 @@ static void test_object_fds(void)
         }
     }
     run_events();
-    g_assert_cmpint(count_fds(), <=, before);
+    /* The next connection may be there, and not have been at first */
+    g_assert_cmpint(count_fds(), <=, before + 1);
     object_unparent(obj);
     teardown();
 }
