@@ -115,7 +115,6 @@ def test_gate_meanwhile(meanwhile, matrix, name):
 
 
 @pytest.mark.intel
-@pytest.mark.long
-@pytest.mark.parametrize("name", gate.INTEL)
+@pytest.mark.parametrize("name", [pytest.param(s, marks=() if s == "intel_panic" else pytest.mark.long) for s in gate.INTEL])
 def test_gate_intel(matrix_intel, tmp_path, name):
     note(matrix_intel, name, pack.run(host.HERE / "gate.py", name, gate.INTEL[name].timeout, tmp_path))
