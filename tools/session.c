@@ -28,7 +28,7 @@
 #define KERNEL_RETRY_MS 5000
 #define SUMMARY_US 1000000
 /* Less than what kvmi_hooks_take_out() takes for too long to verify */
-#define LINGER_MAX_MS 2000u
+#define LINGER_MAX_MS 10000u
 /* How many breakpoint-out lines before only a count is printed */
 #define FEW 16
 

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -266,10 +267,10 @@ class Neighbour:
         self.d.remove()
         if exc[0] is None:
             assert self.trouble is None, f"the other domain was disturbed: {self.trouble}"
-            slowest = max(self.took, default=99)
-            print(f"the other domain answered {len(self.took)} times, the slowest after {slowest:.1f} s")
-            # less than the deadline for which the other one hangs
-            assert slowest < 4.5 + late, "the other domain had to wait"
+            slowest, usual = max(self.took), statistics.median(self.took)
+            print(f"the other domain answered {len(self.took)} times, after {usual:.1f} s, the slowest after {slowest:.1f} s")
+            # One that waited for the tool beside it would take the deadline of 5 s longer
+            assert slowest < usual + 4.5 + late, "the other domain had to wait"
 
 
 # --- scenarios --------------------------------------------------------------------------------------------------------
