@@ -2,9 +2,11 @@
 """The kernel tree's own selftests of KVM on our modules: a VM that nobody introspects is as on the stock ones.
 
 On the AMD host one that fails on our modules runs on the stock ones, in another host: if it fails there too, that is
-expected. Those that take long are skipped unless chosen by -k, or if KVMI_LONG=1 is in the environment.
+expected; if it doesn't, ours get a second try. Those that take long are skipped unless chosen by -k, or if KVMI_LONG=1
+is in the environment.
 """
 import os
+import warnings
 
 import pytest
 
@@ -47,6 +49,10 @@ def test_kvm_selftest(run_on_amd, program, pytestconfig):
         pytest.skip(f"skips itself on the stock modules too: {stock.output}")
     if stock.verdict != "ok":
         pytest.xfail(f"{ours}\nOn the stock modules:\n{stock}")
+    # Some measure time, which a busy machine stretches
+    if run_on_amd("kvmi", program).verdict == "ok":
+        warnings.warn(f"{program.name} passed at the second try; the first said:\n{ours}")
+        return
     pytest.fail(f"{ours}\nIt passes on the stock modules.", pytrace=False)
 
 
