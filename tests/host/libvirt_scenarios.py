@@ -267,10 +267,16 @@ class Neighbour:
         self.d.remove()
         if exc[0] is None:
             assert self.trouble is None, f"the other domain was disturbed: {self.trouble}"
-            slowest, usual = max(self.took), statistics.median(self.took)
+            usual, slowest = usual_and_slowest(self.took)
             print(f"the other domain answered {len(self.took)} times, after {usual:.1f} s, the slowest after {slowest:.1f} s")
             # One that waited for the tool beside it would take the deadline of 5 s longer
             assert slowest < usual + 4.5 + late, "the other domain had to wait"
+
+
+def usual_and_slowest(took):
+    """The slowest is none of the usual ones, however few there are."""
+    *others, slowest = sorted(took)
+    return statistics.median(others or [0]), slowest
 
 
 # --- scenarios --------------------------------------------------------------------------------------------------------
