@@ -671,13 +671,13 @@ def stands_still(g):
 SLOW = {}
 
 
-@scenario(timeout=1500, into=SLOW)
+@scenario(timeout=3000, into=SLOW)
 def slow_fault_running(g):
     """The tool fails while the guest just runs."""
     go_through(g, Nothing)
 
 
-@scenario(timeout=1500, into=SLOW)
+@scenario(timeout=3000, into=SLOW)
 def slow_fault_stop(g):
     """… when the guest is paused"""
     go_through(g, Stop)
